@@ -1,0 +1,26 @@
+"""Checks the installed wheel: three packages, typed, imported from it and not from the checkout."""
+
+import importlib
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+PACKAGES = {"deepopt", "torch_backend", "jax_backend"}
+
+wheel = distribution("nested-deepopt")
+installed = {path.parts[0] for path in wheel.files or ()}
+extra = {name for name in installed - PACKAGES if not name.endswith(".dist-info")}
+if extra:
+    sys.exit(f"the wheel installs {sorted(extra)} beside the three packages")
+
+for name in sorted(PACKAGES):
+    package = importlib.import_module(name)
+    if package.__file__ is None:
+        sys.exit(f"{name} has no __init__.py in the wheel")
+    home = Path(package.__file__).resolve().parent
+    if not home.is_relative_to(Path(sys.prefix).resolve()):
+        sys.exit(f"{name} was imported from {home}, not from the wheel")
+    if not (home / "py.typed").is_file():
+        sys.exit(f"{name} has no py.typed in the wheel")
+
+print(f"{wheel.name} {wheel.version}: {', '.join(sorted(PACKAGES))} imported from the wheel")

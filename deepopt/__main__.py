@@ -1,0 +1,40 @@
+"""`python -m deepopt`: list the rules; `python -m deepopt describe NAME` shows one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from deepopt.describe import describe, state_numbers, table
+from deepopt.latex import latex
+from deepopt.rules import ALL
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print what was asked for; an unknown name prints the known ones and returns 2."""
+    parser = argparse.ArgumentParser(prog="python -m deepopt", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=("list", "describe", "latex"), default="list")
+    parser.add_argument("name", nargs="?", help="a rule, in any case: m3, adamw, ...")
+    options = parser.parse_args(arguments)
+    by_name = {cls.__name__.lower(): cls for cls in ALL}
+    if options.command == "list":
+        rows = [("rule", "takes", "state", "what it is")]
+        for cls in ALL:
+            first = (cls.__doc__ or "").strip().split("\n")[0]
+            state = f"{state_numbers(cls(), (256, 256)):.3g}"
+            rows.append((cls.__name__, cls.domain, state, first))
+        print(table(rows))
+        print("\nstate: numbers per number of a 256 × 256 parameter.", end=" ")
+        print("`python -m deepopt describe NAME` shows one rule.")
+        return 0
+    cls = by_name.get((options.name or "").replace("_", "").lower())
+    if cls is None:
+        known = ", ".join(by_name)
+        print(f"deepopt: no rule is called {options.name!r}; there are {known}", file=sys.stderr)
+        return 2
+    print(describe(cls()) if options.command == "describe" else latex(cls()))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

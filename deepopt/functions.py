@@ -1,0 +1,136 @@
+"""Named functions: defined once in the language of the graph, replaced by a backend that knows better.
+
+A call is one node, so a planner sees `newton_schulz` and not its twenty products. An algebra may
+offer a method of the same name; otherwise it folds the definition. `solve` alone has no definition:
+every algebra must provide it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import cache
+from typing import Concatenate, ParamSpec
+
+from deepopt.expr import (
+    Expr,
+    Shape,
+    array,
+    equal,
+    matmul,
+    mean,
+    node,
+    sqrt,
+    sum_,
+    symbol,
+    transpose,
+    where,
+)
+
+P = ParamSpec("P")
+
+FUNCTIONS: dict[str, Callable[..., Expr]] = {}
+
+# (a, b, c) of the odd polynomial aX + bAX + cAAX with A = XXᵀ, by the name of their iteration.
+COEFFICIENTS: dict[str, tuple[float, float, float]] = {
+    "cubic": (1.5, -0.5, 0.0),
+    "quintic": (3.4445, -4.7750, 2.0315),
+}
+
+
+def named(definition: Callable[Concatenate[Expr, P], Expr]) -> Callable[Concatenate[Expr, P], Expr]:
+    """Make calls of `definition` (nodes in, static keywords, node out) single nodes of the graph."""
+    name = definition.__name__
+    FUNCTIONS[name] = definition
+
+    def call(x: Expr, /, *args: P.args, **static: P.kwargs) -> Expr:
+        nodes = [x, *(a for a in args if isinstance(a, Expr))]
+        attrs: dict[str, Hashable] = {k: v for k, v in static.items() if isinstance(v, Hashable)}
+        shapes = tuple(a.shape for a in nodes)
+        body, _ = definition_of(name, shapes, tuple(sorted(attrs.items())))
+        return node("call", nodes, body.shape, name=name, **attrs)
+
+    call.__name__, call.__qualname__, call.__doc__ = name, name, definition.__doc__
+    return call
+
+
+@cache
+def definition_of(
+    name: str, shapes: tuple[Shape, ...], static: tuple[tuple[str, Hashable], ...]
+) -> tuple[Expr, tuple[Expr, ...]]:
+    """The body of a named function on symbols of these shapes, and the symbols."""
+    arguments = tuple(symbol(f"argument {i}", shape) for i, shape in enumerate(shapes))
+    return FUNCTIONS[name](*arguments, **dict(static)), arguments
+
+
+def static_of(call: Expr) -> dict[str, Hashable]:
+    """The static keywords of a call node."""
+    return {k: v for k, v in call.attrs if k != "name"}
+
+
+def expand(call: Expr) -> Expr:
+    """The definition of a call written out on its arguments."""
+    return FUNCTIONS[str(call["name"])](*call.args, **static_of(call))
+
+
+def solve(a: Expr, b: Expr, *, lower: bool = False, upper: bool = False) -> Expr:
+    """a⁻¹b for a square a of full rank; `lower` or `upper` promise that a is triangular."""
+    if a.rank != 2 or a.shape[0] != a.shape[1] or a.shape[0] != b.shape[0]:
+        raise ValueError(f"solve needs a square matrix, got shapes {a.shape} and {b.shape}")
+    if a.shape == (1, 1):
+        return b / a
+    return node("call", (a, b), b.shape, name="solve", lower=lower, upper=upper)
+
+
+@named
+def ratio(x: Expr, y: Expr) -> Expr:
+    """x / y for y ≥ 0, and zero where y is zero."""
+    return where(equal(y, 0.0), 0.0, x / where(equal(y, 0.0), 1.0, y))
+
+
+@named
+def norm(x: Expr) -> Expr:
+    """The Frobenius norm over all axes."""
+    return sqrt(sum_(x * x))
+
+
+@named
+def rms(x: Expr) -> Expr:
+    """The root mean square over all axes."""
+    return sqrt(mean(x * x))
+
+
+@named
+def unit(x: Expr) -> Expr:
+    """x divided by its Frobenius norm; zero stays zero."""
+    return ratio(x, norm(x))
+
+
+@named
+def unit_rms(x: Expr) -> Expr:
+    """x divided by its root mean square; zero stays zero."""
+    return ratio(x, rms(x))
+
+
+@named
+def newton_schulz(x: Expr, *, steps: int = 5, coefficients: str = "quintic") -> Expr:
+    """x with its singular values driven towards one: `steps` of an odd polynomial iteration.
+
+    Works on the short side, so a tall matrix is the transpose of a wide one; zero stays zero.
+    "cubic" converges to the polar factor; five steps of "quintic" (Jordan's Muon) map singular
+    values from 0.01 to 1 of the largest into [0.68, 1.20] and do not converge.
+    """
+    if coefficients not in COEFFICIENTS:
+        raise ValueError(f"coefficients={coefficients!r}: choose one of {sorted(COEFFICIENTS)}")
+    a, b, c = COEFFICIENTS[coefficients]
+    tall = x.shape[0] > x.shape[1]
+    y = unit(transpose(x) if tall else x)
+    for _ in range(steps):
+        gram = matmul(y, transpose(y))
+        polynomial = b * gram + c * matmul(gram, gram) if c else b * gram
+        y = a * y + matmul(polynomial, y)
+    return transpose(y) if tall else y
+
+
+def lower(n: int, strict: bool = False) -> Expr:
+    """The n × n matrix of ones on (unless `strict`) and below the diagonal."""
+    return array("strictly_lower" if strict else "lower", (n, n))

@@ -1,0 +1,337 @@
+"""Associative memories: structures × objectives, and the write rules derived from them.
+
+A memory maps keys to values. Keys and values are rows: a linear layer of weight (in × out) reads
+`keys @ weight`, the transpose of the paper's column convention. Memories of gradients hold plus
+the gradient and are stepped against, the mirror image (m → -m) of the paper's W ← W + m.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from deepopt.expr import Expr, Number, array, as_expr, exp, log, matmul, stop_gradient, sum_, tanh
+from deepopt.functions import lower, ratio, solve
+from deepopt.grad import grad
+
+M = TypeVar("M", bound="Memory")
+Solver = Literal["explicit", "prox", "sequential"]
+Product = Callable[[Expr, Expr], Expr]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear map inside a read: product = inputs @ weight."""
+
+    weight: Expr
+    inputs: Expr
+    product: Expr
+
+
+class Memory(ABC):
+    """A structure with parameters that keys are read through."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> tuple[Expr, ...]: ...
+
+    @abstractmethod
+    def rebuilt(self: M, parameters: Sequence[Expr]) -> M:
+        """The same structure with other parameters."""
+
+    @abstractmethod
+    def read(self, keys: Expr | None, product: Product = matmul) -> tuple[Expr, tuple[Layer, ...]]:
+        """What the memory answers to rows of keys, and the linear maps on the way.
+
+        product: stands in for inputs @ weight.
+        """
+
+
+@dataclass(frozen=True)
+class Table(Memory):
+    """A memory without keys: it holds one value of its own shape (a momentum buffer)."""
+
+    value: Expr
+
+    @property
+    def parameters(self) -> tuple[Expr, ...]:
+        return (self.value,)
+
+    def rebuilt(self, parameters: Sequence[Expr]) -> Table:
+        return Table(*parameters)
+
+    def read(self, keys: Expr | None, product: Product = matmul) -> tuple[Expr, tuple[Layer, ...]]:
+        if keys is not None:
+            raise ValueError(f"a Table is read without keys, got keys of shape {keys.shape}")
+        return self.value, ()
+
+
+@dataclass(frozen=True)
+class Linear(Memory):
+    """A matrix memory (in × out): keys (n × in) read keys @ weight (n × out)."""
+
+    weight: Expr
+
+    @property
+    def parameters(self) -> tuple[Expr, ...]:
+        return (self.weight,)
+
+    def rebuilt(self, parameters: Sequence[Expr]) -> Linear:
+        return Linear(*parameters)
+
+    def read(self, keys: Expr | None, product: Product = matmul) -> tuple[Expr, tuple[Layer, ...]]:
+        answer = product(_present(keys), self.weight)
+        return answer, (Layer(self.weight, _present(keys), answer),)
+
+
+@dataclass(frozen=True)
+class MLP(Memory):
+    """The residual two-layer memory of paper Eq. 89: m(x) = x + tanh(x first) second.
+
+    first (d × width) and second (width × d). An odd activation (ours; the paper leaves it open)
+    makes the memory odd: the memory of -g is minus the memory of g.
+    """
+
+    first: Expr
+    second: Expr
+
+    @property
+    def parameters(self) -> tuple[Expr, ...]:
+        return (self.first, self.second)
+
+    def rebuilt(self, parameters: Sequence[Expr]) -> MLP:
+        return MLP(*parameters)
+
+    def read(self, keys: Expr | None, product: Product = matmul) -> tuple[Expr, tuple[Layer, ...]]:
+        keys = _present(keys)
+        before = product(keys, self.first)
+        hidden = tanh(before)
+        after = product(hidden, self.second)
+        return keys + after, (Layer(self.first, keys, before), Layer(self.second, hidden, after))
+
+
+def _present(keys: Expr | None) -> Expr:
+    if keys is None:
+        raise ValueError("this memory is read through keys; only a Table has none")
+    return keys
+
+
+@dataclass(frozen=True)
+class Objective(Generic[M]):
+    """What a memory should answer, and how far it is from it."""
+
+    kind: Literal["dot", "l2"]
+    memory: M
+    keys: Expr | None
+    values: Expr
+    loss: Expr
+    layers: tuple[Layer, ...]
+
+
+def dot(memory: M, values: Expr, keys: Expr | None = None) -> Objective[M]:
+    """-⟨memory(keys), values⟩: the Hebbian objective, unbounded below, so it needs retention."""
+    answer, layers = memory.read(keys)
+    return Objective("dot", memory, keys, values, -sum_(answer * values), layers)
+
+
+def l2(memory: M, values: Expr, keys: Expr | None = None) -> Objective[M]:
+    """½‖memory(keys) - values‖²: regression, whose write erases before it adds (the delta rule)."""
+    answer, layers = memory.read(keys)
+    error = answer - values
+    return Objective("l2", memory, keys, values, 0.5 * sum_(error * error), layers)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A recorded write, for the table of the nest."""
+
+    structure: str
+    name: str
+    keys: Expr | None
+    values: Expr
+    objective: str
+    solver: str
+    retention: Expr
+    rate: Expr
+
+
+_levels: ContextVar[list[Level] | None] = ContextVar("levels", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Level]]:
+    """Collect the writes made inside the block."""
+    levels: list[Level] = []
+    token = _levels.set(levels)
+    try:
+        yield levels
+    finally:
+        _levels.reset(token)
+
+
+def write(
+    objective: Objective[M],
+    *,
+    retention: Number = 1.0,
+    rate: Number = 1.0,
+    solver: Solver = "explicit",
+    delta: bool = False,
+    normalize: bool = False,
+    anchor: Sequence[Expr] | None = None,
+) -> M:
+    """The memory after one write: a step on its objective, found by `grad`.
+
+    retention α: share of the parameters that is kept (1 keeps all); `anchor` is what they decay
+        to (zero by default).
+    rate η: inner learning rate, in units of parameter per gradient of the objective.
+    solver "explicit": αp - η∇. "prox": the exact minimiser of objective + ‖p - αp_old‖²/2η, for an
+        l2 objective on a Linear memory. "sequential": the rows are tokens in time, α and η are
+        columns (n × 1), each token is one step, and all gradients are taken at the old memory
+        (paper §8.2, a chunk); computed without a loop over tokens.
+    delta: delta gradient descent (paper Eq. 57, 88): also descend ½‖inputs @ weight‖² of every
+        layer with its inputs held fixed, so that what the keys held is erased before it is written.
+    normalize: divide the rate of each layer by the squared Frobenius norm of its inputs, which
+        bounds the explicit step for any key (ours). With "sequential", token t has the rate of the
+        exact delta step, η_t / (1 + η_t‖x_t‖²).
+    """
+    retention, rate = as_expr(retention), as_expr(rate)
+    _record(objective, retention, rate, solver)
+    memory = objective.memory
+    match solver:
+        case "prox":
+            return memory.rebuilt([_proximal(objective, retention, rate)])
+        case "sequential":
+            paths = _paths(objective, retention, rate, delta, normalize)
+            return memory.rebuilt([path.end for path in paths.values()])
+        case "explicit":
+            loss = objective.loss
+            for layer in objective.layers if delta else ():
+                product = matmul(stop_gradient(layer.inputs), layer.weight)
+                loss = loss + 0.5 * sum_(product * product)
+            old = memory.parameters
+            rates = [
+                _normalized(rate, x) if normalize else rate for x in objective.layers or [None]
+            ]
+            steps = [eta * d for eta, d in zip(rates, grad(loss, old), strict=True)]
+            kept = [
+                retention * p if a is None else a + retention * (p - a)
+                for p, a in zip(old, anchor or [None] * len(old), strict=True)
+            ]
+            return memory.rebuilt([p - step for p, step in zip(kept, steps, strict=True)])
+
+
+def average(name: Expr, value: Expr, retention: Number) -> Expr:
+    """The exponential moving average: a dot-product memory of `value` with rate 1 - retention."""
+    return write(dot(Table(name), value), retention=retention, rate=1.0 - as_expr(retention)).value
+
+
+def _normalized(rate: Expr, layer: Layer | None) -> Expr:
+    if layer is None:
+        raise ValueError("normalize=True divides by the keys; a Table has none")
+    return ratio(rate * array("full", (1, 1)), sum_(layer.inputs * layer.inputs))
+
+
+def _proximal(objective: Objective[M], retention: Expr, rate: Expr) -> Expr:
+    """(I + ηXᵀX)⁻¹(αW + ηXᵀV), by the smaller of the two Gram matrices of the keys X."""
+    memory, keys, values = objective.memory, objective.keys, objective.values
+    if not isinstance(memory, Linear) or objective.kind != "l2" or keys is None:
+        raise ValueError(
+            f"solver='prox' is exact for an l2 objective on a Linear memory, "
+            f"not for {objective.kind} on {type(memory).__name__}"
+        )
+    count, width = keys.shape
+    kept = retention * memory.weight
+    if width <= count:
+        gram = array("eye", (width, width)) + rate * (keys.mT @ keys)
+        return solve(gram, kept + rate * (keys.mT @ values))
+    gram = array("eye", (count, count)) + rate * (keys @ keys.mT)
+    return kept + rate * (keys.mT @ solve(gram, values - keys @ kept))
+
+
+@dataclass(frozen=True)
+class _Path:
+    """A weight W along a sequential write: before row t, before_t (W - Σ_{s<t} x_sᵀ steps_s)."""
+
+    inputs: Expr
+    before: Expr
+    steps: Expr
+    end: Expr
+
+
+def _paths(
+    objective: Objective[M], retention: Expr, rate: Expr, delta: bool, normalize: bool
+) -> dict[Expr, _Path]:
+    """W_t = α_t W_{t-1} - η_t x_tᵀ(x_t W_{t-1} + δ_t) over all rows x_t at once, by weight.
+
+    With a_t = ∏_{s≤t} α_s and Z_t = W_t / a_t the recurrence is Z_t = Z_{t-1} - x_tᵀ e_t, where the
+    e_t solve one unit lower triangular system; without delta the term x_t W_{t-1} is absent.
+    """
+    n = objective.layers[0].inputs.shape[0]
+    ones = array("full", (n, 1))
+    logs = log(retention * ones)
+    before = exp(lower(n, strict=True) @ logs)
+    end = exp(sum_(logs))
+    paths: dict[Expr, _Path] = {}
+    for layer in objective.layers:
+        x = layer.inputs
+        (error,) = grad(objective.loss, [layer.product])
+        eta = rate * ones
+        if normalize:
+            eta = eta / (1.0 + eta * sum_(x * x, (-1,)))
+        gain = eta / (retention * ones)
+        steps = gain / before * error
+        if delta:
+            overlap = array("eye", (n, n)) + gain * (lower(n, strict=True) * (x @ x.mT))
+            steps = solve(overlap, gain * layer.product + steps, lower=True)
+        paths[layer.weight] = _Path(x, before, steps, end * (layer.weight - x.mT @ steps))
+    return paths
+
+
+def read_along(
+    objective: Objective[M],
+    queries: Expr,
+    *,
+    retention: Number = 1.0,
+    rate: Number = 1.0,
+    delta: bool = False,
+    normalize: bool = False,
+) -> Expr:
+    """Row t: what the memory answers to query t when only the rows s < t have been written.
+
+    The arguments are those of the sequential `write`, and the work is shared with it.
+    """
+    paths = _paths(objective, as_expr(retention), as_expr(rate), delta, normalize)
+    earlier = lower(queries.shape[0], strict=True)
+
+    def product(x: Expr, weight: Expr) -> Expr:
+        path = paths[weight]
+        return path.before * (x @ weight - (earlier * (x @ path.inputs.mT)) @ path.steps)
+
+    return objective.memory.read(queries, product)[0]
+
+
+def _record(objective: Objective[M], retention: Expr, rate: Expr, solver: str) -> None:
+    levels = _levels.get()
+    if levels is None:
+        return
+    inputs = [
+        p.args[0] if p.op in ("transpose", "reshape") else p for p in objective.memory.parameters
+    ]
+    name = ", ".join(str(p["name"]) for p in inputs if p.op == "input")
+    structure = type(objective.memory).__name__
+    levels.append(
+        Level(
+            structure,
+            name,
+            objective.keys,
+            objective.values,
+            objective.kind,
+            solver,
+            retention,
+            rate,
+        )
+    )

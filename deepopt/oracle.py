@@ -1,0 +1,118 @@
+"""The living definition: every rule in float64 NumPy, one plain step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from deepopt.algebra import Arrays, constant_array, fold
+from deepopt.expr import Shape
+from deepopt.rule import Rule, trace
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+
+class NumPy(Arrays[Any]):
+    """The algebra of NumPy arrays; also what evaluates scalars on the host for other backends."""
+
+    def constant(self, value: float) -> float:
+        return value
+
+    def array(self, kind: str, shape: Shape, value: float) -> Array:
+        return constant_array(kind, shape, value)
+
+    def sqrt(self, a: Any) -> Any:
+        return np.sqrt(a)
+
+    def rsqrt(self, a: Any) -> Any:
+        return 1 / np.sqrt(a)
+
+    def exp(self, a: Any) -> Any:
+        return np.exp(a)
+
+    def log(self, a: Any) -> Any:
+        return np.log(a)
+
+    def sigmoid(self, a: Any) -> Any:
+        return 0.5 * (1 + np.tanh(0.5 * a))
+
+    def tanh(self, a: Any) -> Any:
+        return np.tanh(a)
+
+    def sign(self, a: Any) -> Any:
+        return np.sign(a)
+
+    def absolute(self, a: Any) -> Any:
+        return np.abs(a)
+
+    def maximum(self, a: Any, b: Any) -> Any:
+        return np.maximum(a, b)
+
+    def minimum(self, a: Any, b: Any) -> Any:
+        return np.minimum(a, b)
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        return np.where(condition, a, b)
+
+    def transpose(self, a: Any) -> Any:
+        return np.swapaxes(a, -1, -2)
+
+    def sum(self, a: Any, axes: tuple[int, ...]) -> Any:
+        return np.sum(a, axis=axes, keepdims=True)
+
+    def solve(self, a: Any, b: Any, lower: bool, upper: bool) -> Any:
+        return np.linalg.solve(a, b)
+
+
+NUMPY = NumPy()
+
+
+class Oracle:
+    """A rule stepped in float64 over a list of arrays: slow, and what the other backends must equal.
+
+    >>> w = [np.ones((4, 3))]
+    >>> oracle = Oracle(SGD(lr=0.5), w)
+    >>> w = oracle.step(w, [np.ones((4, 3))])
+
+    Raises ValueError where an array is not a matrix and the rule needs one.
+    """
+
+    def __init__(self, rule: Rule, parameters: Sequence[Any]) -> None:
+        self.rule = rule
+        self.count = 0
+        self.state: list[dict[str, Array]] = []
+        for i, parameter in enumerate(parameters):
+            shape = canonical(np.shape(parameter))
+            rule.check(shape, f"parameter {i}")
+            self.state.append({k: s.start() for k, s in rule.all_slots(shape).items()})
+
+    def step(
+        self, parameters: Sequence[Any], gradients: Sequence[Any], **scalars: Any
+    ) -> list[Array]:
+        """The parameters after one step; `scalars` (such as lr) stand in for the rule's own."""
+        if not len(parameters) == len(gradients) == len(self.state):
+            raise ValueError(
+                f"{len(parameters)} parameters and {len(gradients)} gradients for an oracle of "
+                f"{len(self.state)} parameters"
+            )
+        values: Mapping[str, float] = self.rule.scalars(**scalars)
+        self.count += 1
+        result: list[Array] = []
+        for i, (w, g, s) in enumerate(zip(parameters, gradients, self.state, strict=True)):
+            w = np.asarray(w, np.float64)
+            shape = canonical(w.shape)
+            program = trace(self.rule, shape, self.rule.ticks(self.count, index=i))
+            inputs = {"w": w.reshape(shape), "g": np.asarray(g, np.float64).reshape(shape)}
+            out = fold(program, NUMPY, {**inputs, **s, **values, "step": float(self.count)})
+            out.pop("direction", None)
+            update = out.pop("update", None)
+            result.append(w if update is None else w + update.reshape(w.shape))
+            s.update({name: np.array(value) for name, value in out.items()})
+        return result
+
+
+def canonical(shape: Sequence[int]) -> Shape:
+    """The shape a program sees for a parameter: a 0-d array is one entry."""
+    return tuple(shape) or (1,)

@@ -1,0 +1,303 @@
+"""What an optimizer is: hyperparameters, memories with clocks, and a direction; and how it is traced."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from numbers import Integral, Real
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeAlias,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import numpy as np
+
+from deepopt.algebra import Program, constant_array
+from deepopt.expr import Expr, Number, Shape, array, symbol
+from deepopt.memory import Level, recording
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The values that a hyperparameter may take. Scalars are symbols in a trace, statics are not."""
+
+    text: str
+    holds: Callable[[Any], bool]
+    scalar: bool = True
+
+
+_finite = Domain("a finite number", math.isfinite)
+_rate = Domain("a finite number >= 0", lambda x: math.isfinite(x) and x >= 0)
+_retention = Domain("a number in [0, 1)", lambda x: 0 <= x < 1)
+_period = Domain("an integer >= 1", lambda x: isinstance(x, Integral) and x >= 1, scalar=False)
+
+Scalar: TypeAlias = Annotated[Number, _finite]
+Rate: TypeAlias = Annotated[Number, _rate]
+Retention: TypeAlias = Annotated[Number, _retention]
+Period: TypeAlias = Annotated[int, _period]
+# One value, or a tuple with one value per level.
+Scalars: TypeAlias = Annotated[Number | tuple[Number, ...], _finite]
+Retentions: TypeAlias = Annotated[Number | tuple[Number, ...], _retention]
+Periods: TypeAlias = Annotated[int | tuple[int, ...], _period]
+Betas: TypeAlias = Annotated[tuple[Number, Number], _retention]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One memory of a parameter: its shape, its start, and the clock that writes it (None: every step).
+
+    `kind` and `value` are those of `expr.array`. Slots are stored in the precision of the
+    arithmetic (float32 for narrower parameters), whatever the parameter's dtype.
+    """
+
+    shape: Shape
+    kind: str = "full"
+    value: float = 0.0
+    clock: str | None = None
+
+    def start(self) -> np.ndarray[Any, Any]:
+        """The initial value in float64, the same bits for every backend."""
+        return constant_array(self.kind, self.shape, self.value)
+
+    @property
+    def initial(self) -> Expr:
+        """The initial value as a node."""
+        return array(self.kind, self.shape, self.value)
+
+
+@dataclass(frozen=True)
+class Time:
+    """The step being taken (a symbol, from 1) and the clocks that tick at its end."""
+
+    step: Expr
+    ticking: frozenset[str]
+
+    def when(self, clock: str, new: Expr, old: Expr) -> Expr:
+        """new on the steps on which the clock ticks, else old."""
+        return new if clock in self.ticking else old
+
+
+Memories: TypeAlias = Mapping[str, Expr]
+Update: TypeAlias = tuple[Expr, dict[str, Expr]]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Rule(ABC):
+    """An optimizer as mathematics: subclass it, annotate hyperparameters, write `update`.
+
+    A subclass becomes a frozen dataclass. Fields annotated `Scalar`, `Rate` or `Retention` are
+    symbols inside `update`, so that a schedule never retraces; `int`, `bool` and `Literal` fields
+    are static and may branch. The library applies w ← w − lr·(direction + weight_decay·w).
+
+    lr: size of a step, in AdamW's unit (about one per coordinate at a direction of RMS one).
+    weight_decay: fraction of w removed per unit of lr and step.
+    decoupled: decay w itself; False adds weight_decay·w to the gradient, as in the first Adam.
+    every: steps per update; the gradients in between are summed and the rule sees the sum.
+    stagger: shift slow clocks by the parameter's position, so that slow work spreads over steps.
+    """
+
+    lr: Rate = 1e-3
+    weight_decay: Rate = 0.0
+    decoupled: bool = True
+    every: Period = 1
+    stagger: bool = False
+    domain: ClassVar[Literal["any", "matrix"]] = "any"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclass(frozen=True, kw_only=True)(cls)
+
+    def __post_init__(self) -> None:
+        for name, hint in hints(type(self)).items():
+            _validate(f"{type(self).__name__}({name}=", getattr(self, name), hint)
+
+    @abstractmethod
+    def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+        """The direction to step against and the new memories, for one parameter of g's shape."""
+
+    def slots(self, shape: Shape) -> dict[str, Slot]:
+        """The memories of a parameter of this shape, by name."""
+        del shape
+        return {}
+
+    def clocks(self) -> dict[str, int]:
+        """The slow clocks by name, with their periods in updates."""
+        return {}
+
+    def all_slots(self, shape: Shape) -> dict[str, Slot]:
+        """`slots` and, for a rule that updates every few steps, the sum of gradients."""
+        extra = {"gradient_sum": Slot(shape, clock="every")} if self.every > 1 else {}
+        return self.slots(shape) | extra
+
+    def ticks(self, step: int, index: int = 0) -> frozenset[str]:
+        """The clocks that tick at the end of this step for the parameter at this position."""
+        if step % self.every:
+            return frozenset()
+        phase = index if self.stagger else 0
+        slow = {
+            c for c, period in self.clocks().items() if (step // self.every + phase) % period == 0
+        }
+        return frozenset(slow | {"every"})
+
+    def check(self, shape: Shape, what: str) -> None:
+        """Raise ValueError where a parameter of this shape is outside the rule's domain."""
+        if self.domain == "matrix" and len(shape) < 2:
+            raise ValueError(
+                f"{type(self).__name__} needs matrices; {what} has shape {tuple(shape)}. "
+                "Give it a rule for any shape, such as AdamW, in a group of its own"
+            )
+
+    def scalars(self, **given: Any) -> dict[str, float]:
+        """The values of the symbols by input name; `given` ones instead of the rule's own."""
+        values: dict[str, float] = {}
+        for name in scalar_names(type(self)):
+            value = given.get(name, getattr(self, name))
+            if isinstance(value, tuple):
+                values.update({f"{name}[{i}]": v for i, v in enumerate(value)})
+            else:
+                values[name] = value
+        return values
+
+    def with_values(self, values: Mapping[str, Any]) -> Rule:
+        """This rule with other hyperparameters; names that are not fields are ignored."""
+        known = {f.name for f in fields(self)}
+        return replace(self, **{k: v for k, v in values.items() if k in known})
+
+
+dataclass(frozen=True, kw_only=True)(Rule)
+
+
+@cache
+def hints(cls: type[Rule]) -> dict[str, Any]:
+    """The annotation of each hyperparameter."""
+    found = get_type_hints(cls, include_extras=True)
+    return {f.name: found[f.name] for f in fields(cls)}
+
+
+def domain_of(hint: Any) -> Domain | None:
+    """The `Domain` in an annotation, if it has one."""
+    return next((x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Domain)), None)
+
+
+@cache
+def scalar_names(cls: type[Rule]) -> tuple[str, ...]:
+    """The hyperparameters that are symbols in a trace."""
+    domains = {name: domain_of(hint) for name, hint in hints(cls).items()}
+    return tuple(name for name, domain in domains.items() if domain and domain.scalar)
+
+
+def _validate(label: str, value: Any, hint: Any) -> None:
+    domain, wrong = domain_of(hint), ""
+    if domain is not None:
+        inner = get_args(hint)[0]
+        length = len(get_args(inner)) if get_origin(inner) is tuple else None
+        several = length is not None or any(get_origin(a) is tuple for a in get_args(inner))
+        values: tuple[Any, ...] = value if several and isinstance(value, tuple) else (value,)
+        fits = len(values) == length if length else len(values) > 0
+        if not fits or not all(_is_number(v) and domain.holds(v) for v in values):
+            wrong = f"{length} times " * bool(length) + domain.text
+            wrong += ", or a tuple of such" * (several and not length)
+    elif get_origin(hint) is Literal:
+        choices = get_args(hint)
+        wrong = "" if value in choices else "one of " + ", ".join(map(repr, choices))
+    elif hint in (bool, int, str) and type(value) is not hint:
+        wrong = f"of type {hint.__name__}"
+    if wrong:
+        raise ValueError(f"{label}{value!r}) must be {wrong}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _symbolic(rule: Rule) -> Rule:
+    """The rule with a symbol in the place of every scalar; it skips validation."""
+    twin = object.__new__(type(rule))
+    scalars = scalar_names(type(rule))
+    for f in fields(rule):
+        value = getattr(rule, f.name)
+        if f.name in scalars:
+            several = isinstance(value, tuple)
+            value = (
+                tuple(symbol(f"{f.name}[{i}]") for i in range(len(value)))
+                if several
+                else symbol(f.name)
+            )
+        object.__setattr__(twin, f.name, value)
+    return twin
+
+
+def _static_key(rule: Rule) -> tuple[Any, ...]:
+    """What of a rule a trace depends on: the static fields, and how many values a tuple has."""
+    scalars = scalar_names(type(rule))
+    values = ((f.name, getattr(rule, f.name)) for f in fields(rule))
+    return tuple(
+        (len(v) if isinstance(v, tuple) else None) if name in scalars else v for name, v in values
+    )
+
+
+_traces: dict[tuple[Any, ...], tuple[Program, tuple[Level, ...]]] = {}
+
+
+def trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
+    """The program of one step: outputs "direction", "update" (to add to w) and the new memories.
+
+    Cached by the rule's static fields, the shape and the clocks that tick; a memory that a step
+    leaves alone is not an output, and a step without update has only "gradient_sum".
+    """
+    return traced(rule, shape, ticking)[0]
+
+
+def traced(rule: Rule, shape: Shape, ticking: frozenset[str]) -> tuple[Program, tuple[Level, ...]]:
+    """`trace`, and the memory writes that were recorded on the way."""
+    key = (type(rule), _static_key(rule), shape, ticking)
+    if key not in _traces:
+        with recording() as levels:
+            program = _trace(_symbolic(rule), shape, ticking)
+        _traces[key] = (program, tuple(levels))
+    return _traces[key]
+
+
+def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
+    w, g, step = symbol("w", shape), symbol("g", shape), symbol("step")
+    slots = rule.all_slots(shape)
+    taken = {"w", "g", "step", *(f.name for f in fields(rule))} & set(slots)
+    if taken:
+        raise ValueError(f"{type(rule).__name__}: a memory and an input are both called {taken}")
+    s = {name: symbol(name, slot.shape) for name, slot in slots.items()}
+    if rule.every > 1:
+        g = s["gradient_sum"] + g
+        if "every" not in ticking:
+            return Program({"gradient_sum": g})
+        step = step / float(rule.every)
+    if not rule.decoupled:
+        g = g + rule.weight_decay * w
+    direction, memories = rule.update(w, g, s, Time(step, ticking))
+    for name, new in memories.items():
+        if name not in slots or new.shape != slots[name].shape:
+            declared = slots[name].shape if name in slots else "no slot"
+            raise ValueError(
+                f"{type(rule).__name__}.update returned memory {name!r} of shape {new.shape}; "
+                f"slots() declares {declared}"
+            )
+    if direction.shape != shape:
+        raise ValueError(
+            f"{type(rule).__name__}.update returned a direction of shape {direction.shape} for a "
+            f"parameter of shape {shape}"
+        )
+    decayed = direction + rule.weight_decay * w if rule.decoupled else direction
+    outputs = {"direction": direction, "update": -(rule.lr * decayed)}
+    outputs |= {name: new for name, new in memories.items() if new is not s[name]}
+    if rule.every > 1:
+        outputs["gradient_sum"] = array("full", shape, 0.0)
+    return Program(outputs)

@@ -1,0 +1,40 @@
+"""Orthogonal: the memory is read with its singular values near one."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from deepopt.expr import Expr
+from deepopt.memory import average
+from deepopt.readout import Coefficients, Scale, read_out
+from deepopt.rule import Memories, Period, Rate, Retention, Rule, Slot, Time, Update
+
+
+class Muon(Rule):
+    """Momentum, orthogonalised by Newton-Schulz.
+
+    Memory: a table without keys; values gradients, dot-product objective, written every step; the
+    read-out is itself a memory solved by inner steps on ½‖OᵀO - I‖² (paper Eq. 42-44).
+    lr: root mean square of a step is 0.2·lr per coordinate (scale "rms"), or the spectral norm of
+        a step (about lr, scale "none").
+    momentum: retention per step, of an average (Jordan's and torch's convention; a sum would give
+        the same direction). nesterov: read one step ahead. steps, coefficients: the iteration.
+    Source: Jordan et al. 2024; paper Eq. 42. The rms scale is Moonshot's.
+    """
+
+    lr: Rate = 1e-2
+    momentum: Retention = 0.95
+    nesterov: bool = True
+    coefficients: Coefficients = "quintic"
+    steps: Period = 5
+    scale: Scale = "rms"
+    domain: ClassVar[Literal["any", "matrix"]] = "matrix"
+
+    def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
+        return {"momentum_buffer": Slot(shape)}
+
+    def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+        m = average(s["momentum_buffer"], g, self.momentum)
+        u = average(m, g, self.momentum) if self.nesterov else m
+        d = read_out(u, "newton_schulz", self.scale, self.steps, self.coefficients)
+        return d, {"momentum_buffer": m}

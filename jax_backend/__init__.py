@@ -1,0 +1,1 @@
+"""deepopt rules as optax transformations."""

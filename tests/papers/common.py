@@ -1,0 +1,80 @@
+"""The common frame of every rule, and the helpers rms, newton_schulz and scale."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+Memories = dict[str, np.ndarray]
+Trajectory = tuple[list[np.ndarray], list[Memories]]
+Rule = Callable[[np.ndarray, np.ndarray, Memories, int], tuple[np.ndarray, Memories]]
+
+POLYNOMIALS = {"quintic": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -0.5, 0.0)}
+
+
+def run(
+    rule: Rule,
+    memories: Memories,
+    w0,
+    gradients: Iterable,
+    *,
+    lr: float,
+    weight_decay: float,
+    decoupled: bool,
+    every: int,
+) -> Trajectory:
+    """Apply w <- w - lr * (d + weight_decay * w) on every `every`-th step, to summed gradients."""
+    w = np.array(w0, dtype=np.float64)
+    total = np.zeros_like(w)
+    parameters, history = [], []
+    for t, g in enumerate(gradients, start=1):
+        total = total + np.asarray(g, dtype=np.float64)
+        if t % every == 0:
+            G = total if decoupled else total + weight_decay * w
+            d, memories = rule(w, G, memories, t // every)
+            w = w - lr * (d + (weight_decay * w if decoupled else 0.0))
+            total = np.zeros_like(w)
+        parameters.append(w.copy())
+        history.append({name: memory.copy() for name, memory in memories.items()})
+    return parameters, history
+
+
+def divide(x: np.ndarray, by) -> np.ndarray:
+    """x / by, with an exact 0 wherever the divisor is an exact 0."""
+    by = np.broadcast_to(np.asarray(by, dtype=np.float64), x.shape)
+    return np.divide(x, by, out=np.zeros(x.shape), where=by != 0)
+
+
+def rms(x: np.ndarray) -> float:
+    """Root of the mean square over all entries."""
+    return float(np.sqrt(np.mean(x * x)))
+
+
+def frob(x: np.ndarray) -> float:
+    """Frobenius norm."""
+    return float(np.sqrt(np.sum(x * x)))
+
+
+def newton_schulz(x: np.ndarray, coefficients: str = "quintic", steps: int = 5) -> np.ndarray:
+    """Iterate X <- aX + (bA + cAA)X with A = XX^T from x / frob(x), on the wide orientation."""
+    if x.shape[0] > x.shape[1]:
+        return newton_schulz(x.T, coefficients, steps).T
+    a, b, c = POLYNOMIALS[coefficients]
+    X = divide(x, frob(x))
+    for _ in range(steps):
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    return X
+
+
+def scale(x: np.ndarray, how: str, orthogonal: bool) -> np.ndarray:
+    """The step-size convention: "none", "spectral" or "rms"."""
+    if how == "none":
+        return x
+    if how == "spectral":
+        r, c = x.shape
+        return np.sqrt(max(1.0, r / c)) * x
+    if how == "rms":
+        if orthogonal:
+            return 0.2 * np.sqrt(max(x.shape)) * x
+        return 0.2 * divide(x, rms(x))
+    raise ValueError(how)
