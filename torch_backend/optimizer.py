@@ -231,7 +231,9 @@ class Optimizer(torch.optim.Optimizer):
             most = max(1, BATCH // prod(shape))
             for start in range(0, len(params), most):
                 part = params[start : start + most]
-                donate = (*slots, "w", "g") if len(part) > 1 else slots
+                # A memory that this step only reads must survive it.
+                written = tuple(k for k in slots if k in program.outputs)
+                donate = (*written, "w", "g") if len(part) > 1 else written
                 run = _compiled(program, _arithmetic(dtype), device, donate)
                 self._run(run, part, shape, slots, inputs, group["maximize"])
 

@@ -1,0 +1,21 @@
+"""Deterministic, single-threaded tests; HYPOTHESIS_PROFILE=thorough looks harder."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile(
+    "quick", max_examples=15, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.register_profile("thorough", max_examples=300, deadline=None, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)

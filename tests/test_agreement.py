@@ -1,0 +1,117 @@
+"""One definition, three voices: the paper's transcription, the oracle, torch and jax agree pairwise."""
+
+from dataclasses import fields
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from cases import CASES, PAPER, TOLERANCE, Case, difference, stream
+
+from deepopt import Oracle
+from jax_backend import transform
+from torch_backend import Optimizer
+
+STEPS = 40
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def oracle_path(
+    case: Case, dtype: torch.dtype = torch.float64
+) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]]]:
+    """The oracle on inputs rounded to dtype, itself in float64."""
+    w, g = (torch.tensor(x).to(dtype).double().numpy() for x in stream(case.shape, STEPS))
+    oracle = Oracle(case.rule, [w])
+    path, states = [], []
+    for step in g:
+        (w,) = oracle.step([w], [step])
+        path.append(w)
+        states.append({k: v.reshape(np.shape(v)) for k, v in oracle.state[0].items()})
+    return path, states
+
+
+def torch_path(case: Case, dtype: torch.dtype) -> tuple[list[np.ndarray], Optimizer]:
+    w, g = stream(case.shape, STEPS)
+    p = torch.nn.Parameter(torch.tensor(w, dtype=dtype))
+    optimizer = Optimizer([p], case.rule)
+    path = []
+    for step in g:
+        p.grad = torch.tensor(step, dtype=dtype)
+        optimizer.step()
+        path.append(p.detach().double().numpy().copy())
+    return path, optimizer
+
+
+def jax_path(case: Case, dtype: str) -> list[np.ndarray]:
+    w, g = stream(case.shape, STEPS)
+    tx = transform(case.rule)
+
+    @jax.jit
+    def run(p, gradients):
+        def one(carry, step):
+            p, state = carry
+            updates, state = tx.update(step, state, p)
+            p = optax.apply_updates(p, updates)
+            return (p, state), p
+
+        return jax.lax.scan(one, (p, tx.init(p)), gradients)[1]
+
+    return list(np.asarray(run(jnp.asarray(w, dtype), jnp.asarray(g, dtype)), np.float64))
+
+
+@each_case
+def test_oracle_equals_the_transcription_of_the_paper(case):
+    w, g = stream(case.shape, STEPS)
+    given = {f.name: getattr(case.rule, f.name) for f in fields(case.rule)}
+    if case.rule.__class__.__name__ != "M3":
+        given.pop("stagger")
+    for name in ("slow", "period", "weight"):
+        if name in given and not isinstance(given[name], tuple):
+            given[name] = (given[name],)
+    expected, memories = PAPER[type(case.rule)](w, list(g), **given)
+    path, states = oracle_path(case)
+    assert max(difference(a, b) for a, b in zip(path, expected, strict=True)) <= 1e-12
+    names = {"exp_avg_sq": "second_moment"} if "fast" in states[-1] else {}
+    shared = [k for k in states[-1] if names.get(k, k) in memories[-1]]
+    assert len(shared) == len(memories[-1])
+    for k in shared:
+        ours, theirs = states[-1][k], memories[-1][names.get(k, k)]
+        assert difference(ours, theirs) <= 1e-12, k
+
+
+@each_case
+def test_torch_equals_the_oracle_in_float64(case):
+    expected, states = oracle_path(case)
+    path, optimizer = torch_path(case, torch.float64)
+    assert max(difference(a, b) for a, b in zip(path, expected, strict=True)) <= 1e-12
+    (state,) = optimizer.state.values()
+    for k, v in states[-1].items():
+        assert difference(state[k].numpy().reshape(v.shape), v) <= 1e-12, k
+
+
+@each_case
+def test_jitted_jax_equals_the_oracle_in_float64(case):
+    with jax.enable_x64(True):
+        path = jax_path(case, "float64")
+    expected, _ = oracle_path(case)
+    assert max(difference(a, b) for a, b in zip(path, expected, strict=True)) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@each_case
+def test_narrower_parameters_stay_near_the_oracle(case, dtype):
+    expected, _ = oracle_path(case, getattr(torch, dtype))
+    path, optimizer = torch_path(case, getattr(torch, dtype))
+    assert max(difference(a, b) for a, b in zip(path, expected, strict=True)) <= TOLERANCE[dtype]
+    (state,) = optimizer.state.values()
+    assert all(v.dtype == torch.float32 for v in state.values())
+
+
+@each_case
+def test_jax_equals_torch_in_float32(case):
+    ours, _ = torch_path(case, torch.float32)
+    theirs = jax_path(case, "float32")
+    worst = max(difference(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert worst <= TOLERANCE["float32"]
