@@ -195,7 +195,7 @@ def constant_array(kind: str, shape: Shape, value: float = 1.0) -> np.ndarray[An
         case "full":
             return np.full(shape, value)
         case "eye":
-            return np.eye(*shape)
+            return np.eye(shape[0], shape[1])
         case "lower" | "strictly_lower":
             return np.tril(np.ones(shape), 0 if kind == "lower" else -1)
         case "dct":

@@ -61,10 +61,8 @@ def _text(x: Expr | None) -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as aligned columns, a rule under the first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    cells = [[cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows]
+    lines = ["  ".join(row).rstrip() for row in cells]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 

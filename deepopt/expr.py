@@ -169,7 +169,7 @@ def elementwise(op: str, *operands: Number) -> Expr:
     shape: Shape = ()
     for arg in args:
         shape = broadcast(shape, arg.shape, op)
-    if op in COMMUTATIVE and id(args[1]) < id(args[0]) and args[0].rank == args[1].rank:
+    if op in COMMUTATIVE:
         found = _nodes.get((op, (id(args[1]), id(args[0])), shape, ()))
         if found is not None:
             return found

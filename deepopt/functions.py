@@ -1,4 +1,4 @@
-"""Named functions: defined once in the language of the graph, replaced by a backend that knows better.
+"""Named functions: defined once in the graph, replaced by a backend that knows better.
 
 A call is one node, so a planner sees `newton_schulz` and not its twenty products. An algebra may
 offer a method of the same name; otherwise it folds the definition. `solve` alone has no definition:
@@ -38,7 +38,7 @@ COEFFICIENTS: dict[str, tuple[float, float, float]] = {
 
 
 def named(definition: Callable[Concatenate[Expr, P], Expr]) -> Callable[Concatenate[Expr, P], Expr]:
-    """Make calls of `definition` (nodes in, static keywords, node out) single nodes of the graph."""
+    """Make calls of `definition` (nodes and static keywords in, a node out) single nodes."""
     name = definition.__name__
     FUNCTIONS[name] = definition
 

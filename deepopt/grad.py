@@ -6,10 +6,19 @@ The operations are closed under it. Scalars (rank 0) are hyperparameters and are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from deepopt import expr as ex
-from deepopt.expr import Expr, array, mul, reshape, sum_, topological, transpose, where
+from deepopt.expr import (
+    Expr,
+    array,
+    reshape,
+    sign,
+    stop_gradient,
+    sum_,
+    topological,
+    transpose,
+    where,
+)
 from deepopt.functions import expand, solve
 
 Adjoints = Sequence[Expr | None]
@@ -55,15 +64,55 @@ def _unbroadcast(adjoint: Expr, arg: Expr) -> Expr:
     return sum_(adjoint, axes) if axes else adjoint
 
 
-def _pull_back(x: Expr, adjoint: Expr) -> Adjoints:
-    """The adjoints of the arguments of x, before broadcasting is undone."""
-    if x.op == "call":
-        return _pull_back_call(x, adjoint)
-    try:
-        rule = _RULES[x.op]
-    except KeyError:
-        raise ValueError(f"{x.op!r} (made at {x.source}) has no derivative") from None
-    return rule(x, adjoint, *x.args)
+def _pull_back(x: Expr, d: Expr) -> Adjoints:
+    """The adjoints of the arguments of x from its own, d, before broadcasting is undone."""
+    a, b = x.args[0], x.args[-1]
+    match x.op:
+        case "add":
+            return d, d
+        case "sub":
+            return d, -d
+        case "mul":
+            return d * b, d * a
+        case "div":
+            return d / b, -(d * x / b)
+        case "neg":
+            return (-d,)
+        case "power":
+            return d * b * a ** (b - 1.0), None
+        case "sqrt":
+            return (0.5 * d / x,)
+        case "rsqrt":
+            return (-0.5 * d * x / a,)
+        case "exp":
+            return (d * x,)
+        case "log":
+            return (d / a,)
+        case "sigmoid":
+            return (d * x * (1.0 - x),)
+        case "tanh":
+            return (d * (1.0 - x * x),)
+        case "absolute":
+            return (d * sign(a),)
+        case "maximum" | "minimum":
+            first = b <= a if x.op == "maximum" else a <= b
+            return where(first, d, 0.0), where(first, 0.0, d)
+        case "where":
+            return None, where(x.args[0], d, 0.0), where(x.args[0], 0.0, d)
+        case "matmul":
+            return d @ transpose(b), transpose(a) @ d
+        case "transpose":
+            return (transpose(d),)
+        case "reshape":
+            return (reshape(d, a.shape),)
+        case "sum":
+            return (d * array("full", a.shape),)
+        case "call":
+            return _pull_back_call(x, d)
+        case "sign" | "less" | "less_equal" | "equal" | "stop_gradient":
+            return [None] * len(x.args)
+        case _:
+            raise ValueError(f"{x.op!r} (made at {x.source}) has no derivative")
 
 
 def _pull_back_call(x: Expr, adjoint: Expr) -> Adjoints:
@@ -75,52 +124,6 @@ def _pull_back_call(x: Expr, adjoint: Expr) -> Adjoints:
         return (-(back @ transpose(x)), back)
     body = expand(x)
     wanted = [arg for arg in x.args if arg in topological([body])]
-    derived = grad(sum_(body * ex.stop_gradient(adjoint)), wanted)
+    derived = grad(sum_(body * stop_gradient(adjoint)), wanted)
     by_arg = dict(zip(wanted, derived, strict=True))
     return [by_arg.get(arg) for arg in x.args]
-
-
-def _sum(x: Expr, adjoint: Expr, a: Expr) -> Adjoints:
-    return (mul(adjoint, array("full", a.shape)),)
-
-
-def _maximum(larger: bool) -> Callable[..., Adjoints]:
-    def rule(x: Expr, d: Expr, a: Expr, b: Expr) -> Adjoints:
-        first = (b <= a) if larger else (a <= b)
-        return (where(first, d, 0.0), where(first, 0.0, d))
-
-    return rule
-
-
-def _nothing(x: Expr, d: Expr, *args: Expr) -> Adjoints:
-    return [None] * len(args)
-
-
-# Each rule takes the node, its adjoint d and its arguments.
-_RULES: dict[str, Callable[..., Adjoints]] = {
-    "add": lambda x, d, a, b: (d, d),
-    "sub": lambda x, d, a, b: (d, -d),
-    "mul": lambda x, d, a, b: (d * b, d * a),
-    "div": lambda x, d, a, b: (d / b, -(d * x / b)),
-    "neg": lambda x, d, a: (-d,),
-    "power": lambda x, d, a, b: (d * b * a ** (b - 1.0), None),
-    "sqrt": lambda x, d, a: (0.5 * d / x,),
-    "rsqrt": lambda x, d, a: (-0.5 * d * x / a,),
-    "exp": lambda x, d, a: (d * x,),
-    "log": lambda x, d, a: (d / a,),
-    "sigmoid": lambda x, d, a: (d * x * (1.0 - x),),
-    "tanh": lambda x, d, a: (d * (1.0 - x * x),),
-    "sign": _nothing,
-    "absolute": lambda x, d, a: (d * ex.sign(a),),
-    "maximum": _maximum(True),
-    "minimum": _maximum(False),
-    "less": _nothing,
-    "less_equal": _nothing,
-    "equal": _nothing,
-    "where": lambda x, d, c, a, b: (None, where(c, d, 0.0), where(c, 0.0, d)),
-    "matmul": lambda x, d, a, b: (d @ transpose(b), transpose(a) @ d),
-    "transpose": lambda x, d, a: (transpose(d),),
-    "reshape": lambda x, d, a: (reshape(d, a.shape),),
-    "sum": _sum,
-    "stop_gradient": _nothing,
-}

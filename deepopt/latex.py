@@ -168,7 +168,7 @@ class Formulas(Algebra[Text]):
 
 
 def formulas(program: Program, style: Style = "latex") -> dict[str, str]:
-    """The right-hand side of each output; a new memory inside another line is its name with a prime."""
+    """The right-hand side of each output; in the others a new memory is its name with a prime."""
     algebra = Formulas(style)
     values: dict[Expr, Text] = {}
     lines: dict[str, str] = {}

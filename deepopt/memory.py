@@ -8,7 +8,7 @@ the gradient and are stepped against, the mirror image (m → -m) of the paper's
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -163,7 +163,7 @@ _levels: ContextVar[list[Level] | None] = ContextVar("levels", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[Level]]:
+def recording() -> Generator[list[Level], None, None]:
     """Collect the writes made inside the block."""
     levels: list[Level] = []
     token = _levels.set(levels)
@@ -213,9 +213,8 @@ def write(
                 product = matmul(stop_gradient(layer.inputs), layer.weight)
                 loss = loss + 0.5 * sum_(product * product)
             old = memory.parameters
-            rates = [
-                _normalized(rate, x) if normalize else rate for x in objective.layers or [None]
-            ]
+            layers = objective.layers or [None]
+            rates = [_normalized(rate, x) if normalize else rate for x in layers]
             steps = [eta * d for eta, d in zip(rates, grad(loss, old), strict=True)]
             kept = [
                 retention * p if a is None else a + retention * (p - a)
@@ -318,20 +317,9 @@ def _record(objective: Objective[M], retention: Expr, rate: Expr, solver: str) -
     levels = _levels.get()
     if levels is None:
         return
-    inputs = [
-        p.args[0] if p.op in ("transpose", "reshape") else p for p in objective.memory.parameters
-    ]
+    parameters = objective.memory.parameters
+    inputs = [p.args[0] if p.op in ("transpose", "reshape") else p for p in parameters]
     name = ", ".join(str(p["name"]) for p in inputs if p.op == "input")
-    structure = type(objective.memory).__name__
-    levels.append(
-        Level(
-            structure,
-            name,
-            objective.keys,
-            objective.values,
-            objective.kind,
-            solver,
-            retention,
-            rate,
-        )
-    )
+    structure, kind = type(objective.memory).__name__, objective.kind
+    keys, values = objective.keys, objective.values
+    levels.append(Level(structure, name, keys, values, kind, solver, retention, rate))

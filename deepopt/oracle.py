@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class NumPy(Arrays[Any]):
         return np.minimum(a, b)
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
-        return np.where(condition, a, b)
+        return cast(Any, np.where(condition, a, b))
 
     def transpose(self, a: Any) -> Any:
         return np.swapaxes(a, -1, -2)
@@ -63,14 +63,14 @@ class NumPy(Arrays[Any]):
         return np.sum(a, axis=axes, keepdims=True)
 
     def solve(self, a: Any, b: Any, lower: bool, upper: bool) -> Any:
-        return np.linalg.solve(a, b)
+        return cast(Any, np.linalg.solve(a, b))
 
 
 NUMPY = NumPy()
 
 
 class Oracle:
-    """A rule stepped in float64 over a list of arrays: slow, and what the other backends must equal.
+    """A rule stepped in float64 over a list of arrays: what the other backends must equal.
 
     >>> w = [np.ones((4, 3))]
     >>> oracle = Oracle(SGD(lr=0.5), w)

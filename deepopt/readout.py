@@ -38,7 +38,7 @@ def scaled(x: Expr, scale: Scale, *, orthogonal: bool) -> Expr:
 
 
 def read_out(x: Expr, output: Output, scale: Scale, steps: int, coefficients: Coefficients) -> Expr:
-    """The output map of paper Eq. 52 and the scale: x itself, or x with its singular values near one."""
+    """The output map σ of paper Eq. 52, identity or Newton-Schulz, and the scale."""
     if output == "identity":
         return scaled(x, scale, orthogonal=False)
     x = newton_schulz(x, steps=steps, coefficients=coefficients)

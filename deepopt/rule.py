@@ -1,4 +1,4 @@
-"""What an optimizer is: hyperparameters, memories with clocks, and a direction; and how it is traced."""
+"""What an optimizer is: hyperparameters, memories with clocks, a direction; and its trace."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import (
     ClassVar,
     Literal,
     TypeAlias,
+    cast,
     dataclass_transform,
     get_args,
     get_origin,
@@ -29,7 +30,7 @@ from deepopt.memory import Level, recording
 
 @dataclass(frozen=True)
 class Domain:
-    """The values that a hyperparameter may take. Scalars are symbols in a trace, statics are not."""
+    """The values that a hyperparameter may take; scalars are symbols in a trace."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -39,7 +40,9 @@ class Domain:
 _finite = Domain("a finite number", math.isfinite)
 _rate = Domain("a finite number >= 0", lambda x: math.isfinite(x) and x >= 0)
 _retention = Domain("a number in [0, 1)", lambda x: 0 <= x < 1)
-_period = Domain("an integer >= 1", lambda x: isinstance(x, Integral) and x >= 1, scalar=False)
+_period = Domain(
+    "an integer >= 1", lambda x: isinstance(x, int | Integral) and int(x) >= 1, scalar=False
+)
 
 Scalar: TypeAlias = Annotated[Number, _finite]
 Rate: TypeAlias = Annotated[Number, _rate]
@@ -54,7 +57,7 @@ Betas: TypeAlias = Annotated[tuple[Number, Number], _retention]
 
 @dataclass(frozen=True)
 class Slot:
-    """One memory of a parameter: its shape, its start, and the clock that writes it (None: every step).
+    """One memory of a parameter: its shape, its start, and its clock (None: every step).
 
     `kind` and `value` are those of `expr.array`. Slots are stored in the precision of the
     arithmetic (float32 for narrower parameters), whatever the parameter's dtype.
@@ -112,6 +115,7 @@ class Rule(ABC):
     every: Period = 1
     stagger: bool = False
     domain: ClassVar[Literal["any", "matrix"]] = "any"
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -161,9 +165,10 @@ class Rule(ABC):
         """The values of the symbols by input name; `given` ones instead of the rule's own."""
         values: dict[str, float] = {}
         for name in scalar_names(type(self)):
-            value = given.get(name, getattr(self, name))
+            value: Any = given.get(name, getattr(self, name))
             if isinstance(value, tuple):
-                values.update({f"{name}[{i}]": v for i, v in enumerate(value)})
+                several = cast(tuple[float, ...], value)
+                values.update({f"{name}[{i}]": v for i, v in enumerate(several)})
             else:
                 values[name] = value
         return values
@@ -202,7 +207,8 @@ def _validate(label: str, value: Any, hint: Any) -> None:
         inner = get_args(hint)[0]
         length = len(get_args(inner)) if get_origin(inner) is tuple else None
         several = length is not None or any(get_origin(a) is tuple for a in get_args(inner))
-        values: tuple[Any, ...] = value if several and isinstance(value, tuple) else (value,)
+        given = isinstance(value, tuple) and several
+        values = cast(tuple[Any, ...], value if given else (value,))
         fits = len(values) == length if length else len(values) > 0
         if not fits or not all(_is_number(v) and domain.holds(v) for v in values):
             wrong = f"{length} times " * bool(length) + domain.text
@@ -217,33 +223,32 @@ def _validate(label: str, value: Any, hint: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, Real) and value is not True and value is not False
+
+
+def _arity(value: Any) -> int | None:
+    """How many values a hyperparameter has; None for a single one."""
+    return len(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else None
 
 
 def _symbolic(rule: Rule) -> Rule:
     """The rule with a symbol in the place of every scalar; it skips validation."""
     twin = object.__new__(type(rule))
-    scalars = scalar_names(type(rule))
     for f in fields(rule):
         value = getattr(rule, f.name)
-        if f.name in scalars:
-            several = isinstance(value, tuple)
-            value = (
-                tuple(symbol(f"{f.name}[{i}]") for i in range(len(value)))
-                if several
-                else symbol(f.name)
-            )
+        if f.name in scalar_names(type(rule)):
+            n = _arity(value)
+            names = [f"{f.name}[{i}]" for i in range(n or 0)]
+            value = symbol(f.name) if n is None else tuple(map(symbol, names))
         object.__setattr__(twin, f.name, value)
     return twin
 
 
 def _static_key(rule: Rule) -> tuple[Any, ...]:
-    """What of a rule a trace depends on: the static fields, and how many values a tuple has."""
+    """What of a rule a trace depends on: the static fields, and how many values a scalar has."""
     scalars = scalar_names(type(rule))
-    values = ((f.name, getattr(rule, f.name)) for f in fields(rule))
-    return tuple(
-        (len(v) if isinstance(v, tuple) else None) if name in scalars else v for name, v in values
-    )
+    values = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    return tuple(_arity(v) if name in scalars else v for name, v in values.items())
 
 
 _traces: dict[tuple[Any, ...], tuple[Program, tuple[Level, ...]]] = {}

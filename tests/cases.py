@@ -4,9 +4,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from papers import adamw, deep_momentum, delta_momentum, heavy_ball, lion, m3, muon, sgd
 
 from deepopt import Rule, rules
-from papers import adamw, deep_momentum, delta_momentum, heavy_ball, lion, m3, muon, sgd
 
 PAPER = {
     rules.SGD: sgd.sgd,
@@ -47,6 +47,8 @@ def _switches() -> list[Rule]:
     r = rules
     lr = 0.05
     delta: dict[str, Any] = {"lr": lr, "output": "identity"}
+    printed = delta | {"lr": 0.02, "solver": "explicit", "decay": "literal", "normalize": False}
+    printed |= {"rate": 0.2, "momentum": 0.8, "scale": "none"}
     deep: dict[str, Any] = {"lr": lr, "width": 3, "output": "identity"}
     nested: dict[str, Any] = {"lr": lr, "period": 7}
     return [
@@ -70,13 +72,7 @@ def _switches() -> list[Rule]:
             for v in ("matrix", "flat", "scalar")
             for s in ("prox", "explicit")
         ),
-        *(
-            r.DeltaMomentum(
-                view=v, solver="explicit", decay="literal", normalize=False, rate=0.2,
-                momentum=0.8, scale="none", lr=0.02, output="identity",
-            )
-            for v in ("matrix", "flat", "scalar")
-        ),  # fmt: skip
+        *(r.DeltaMomentum(view=v, **printed) for v in ("matrix", "flat", "scalar")),
         r.DeltaMomentum(normalize=False, scale="none", rate=0.5, **delta),
         r.DeepMomentum(lr=lr),
         r.DeepMomentum(**deep),

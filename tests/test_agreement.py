@@ -1,4 +1,4 @@
-"""One definition, three voices: the paper's transcription, the oracle, torch and jax agree pairwise."""
+"""One definition, three voices: the paper, the oracle, torch and jax agree pairwise."""
 
 from dataclasses import fields
 

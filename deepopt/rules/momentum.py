@@ -1,4 +1,4 @@
-"""Momentum: memories of the gradient that differ in structure and objective, never in how they are written."""
+"""Momentum: memories of the gradient that differ in structure and objective, written alike."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar, cast
 
 from deepopt.expr import Expr, Number
 from deepopt.functions import newton_schulz
@@ -42,7 +42,7 @@ class M3(Rule):
         orthogonalised "update" (as AdaMuon), or "none".
     literal: Algorithm 1 as printed but for its misprints (sums, raw second moment, unscaled): its
         step is 1/c for a loss times c, and shrinks as 1/√t.
-    Source: paper Algorithm 1, Eq. 75. Averages, bias correction, floor, Nesterov and scale are ours.
+    Source: paper Algorithm 1, Eq. 75. Averages, bias correction, floor, Nesterov, scale are ours.
     """
 
     lr: Rate = 1e-2
@@ -126,7 +126,7 @@ class M3(Rule):
 
 def _each(x: T | tuple[T, ...], n: int) -> tuple[T, ...]:
     """x for each of n levels."""
-    values = x if isinstance(x, tuple) else (x,)
+    values = cast(tuple[T, ...], x) if isinstance(x, tuple) else (x,)
     return values * n if len(values) == 1 else values
 
 
