@@ -8,7 +8,7 @@ a scalar, and why reductions keep their axes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -323,6 +323,20 @@ def topological(roots: Iterable[Expr]) -> list[Expr]:
             stack.append((x, True))
             stack.extend((arg, False) for arg in reversed(x.args))
     return order
+
+
+def substitute(root: Expr, values: Mapping[Expr, Expr]) -> Expr:
+    """The graph of `root` with other nodes in the place of some."""
+    new: dict[Expr, Expr] = {}
+    for x in topological([root]):
+        args = tuple(new[arg] for arg in x.args)
+        same = all(a is b for a, b in zip(args, x.args, strict=True))
+        new[x] = (
+            values[x]
+            if x in values
+            else (x if same else node(x.op, args, x.shape, **dict(x.attrs)))
+        )
+    return new[root]
 
 
 def matmul(a: Expr, b: Expr) -> Expr:

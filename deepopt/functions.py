@@ -67,11 +67,6 @@ def static_of(call: Expr) -> dict[str, Hashable]:
     return {k: v for k, v in call.attrs if k != "name"}
 
 
-def expand(call: Expr) -> Expr:
-    """The definition of a call written out on its arguments."""
-    return FUNCTIONS[str(call["name"])](*call.args, **static_of(call))
-
-
 def solve(a: Expr, b: Expr, *, lower: bool = False, upper: bool = False) -> Expr:
     """a⁻¹b for a square a of full rank; `lower` or `upper` promise that a is triangular."""
     if a.rank != 2 or a.shape[0] != a.shape[1] or a.shape[0] != b.shape[0]:

@@ -13,13 +13,14 @@ from deepopt.expr import (
     array,
     reshape,
     sign,
-    stop_gradient,
+    substitute,
     sum_,
+    symbol,
     topological,
     transpose,
     where,
 )
-from deepopt.functions import expand, solve
+from deepopt.functions import definition_of, solve, static_of
 
 Adjoints = Sequence[Expr | None]
 
@@ -122,8 +123,12 @@ def _pull_back_call(x: Expr, adjoint: Expr) -> Adjoints:
         lower = bool(dict(x.attrs).get("lower", False))
         back = solve(transpose(a), adjoint, upper=lower)
         return (-(back @ transpose(x)), back)
-    body = expand(x)
-    wanted = [arg for arg in x.args if arg in topological([body])]
-    derived = grad(sum_(body * stop_gradient(adjoint)), wanted)
-    by_arg = dict(zip(wanted, derived, strict=True))
-    return [by_arg.get(arg) for arg in x.args]
+    # On symbols of its own, since one argument may be part of another.
+    shapes = tuple(arg.shape for arg in x.args)
+    body, symbols = definition_of(str(x["name"]), shapes, tuple(sorted(static_of(x).items())))
+    wanted = [s for s in symbols if s.shape and s in topological([body])]
+    seed = symbol("adjoint", x.shape)
+    derived = grad(sum_(body * seed), wanted)
+    actual = dict(zip(symbols, x.args, strict=True)) | {seed: adjoint}
+    by_symbol = {s: substitute(d, actual) for s, d in zip(wanted, derived, strict=True)}
+    return [by_symbol.get(s) for s in symbols]
