@@ -14,6 +14,7 @@ class AdamW(Rule):
     squared gradients, dot-product objectives, written every step.
     lr: size of a step per coordinate. betas: retentions of the two memories per step.
     eps: added to the root of the second, in units of gradient.
+    Shapes: any; the memories have the parameter's.
     Source: Kingma & Ba 2015; Loshchilov & Hutter 2019; paper Eq. 100-105 (App. B).
     """
 
@@ -41,6 +42,7 @@ class Lion(Rule):
     read through σ = sign after one more step at another retention.
     lr: size of a step per coordinate (about a third of AdamW's or less).
     betas: retentions of the read and of the write, per step.
+    Shapes: any; the memory has the parameter's.
     Source: Chen et al. 2023; as a memory, paper App. B (reading ours).
     """
 

@@ -12,6 +12,7 @@ class SGD(Rule):
     Memory: the weights alone, a linear memory with the layer's inputs as keys, the output
     gradients as values and the dot-product objective; written every step.
     lr: weight per unit of gradient.
+    Shapes: any.
     Source: paper Eq. 1-3, 30.
     """
 

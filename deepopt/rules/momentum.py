@@ -18,6 +18,7 @@ class HeavyBall(Rule):
     written every step at rate 1.
     lr: weight per unit of summed gradient (torch's convention: the sum grows to 1/(1 - momentum)).
     momentum: retention of the memory per step. nesterov: read the memory one step ahead.
+    Shapes: any; the memory has the parameter's.
     Source: paper Eq. 10-13, 33; Nesterov 1983 in the form of Sutskever et al. 2013.
     """
 
@@ -49,7 +50,9 @@ class DeltaMomentum(Rule):
     decay: coefficient of the erasing term of the explicit step: "eta" as derived, or "literal" 1
         as Eq. 49 prints it, which diverges where σmax(g)² > 1 + α.
     normalize: use g/‖g‖ as key, which makes the rule independent of the gradient's size (ours).
-    output: read the memory as it is, or orthogonalised (paper Eq. 52, σ = Newton-Schulz).
+    output: read the memory as it is, or orthogonalised (paper Eq. 52, σ = Newton-Schulz) by
+        `steps` of an iteration with these `coefficients`. scale: see `readout.scaled`.
+    Shapes: parameter and memory r × c. Raises ValueError where the parameter is not a matrix.
     Eq. 49 as printed: view="matrix", solver="explicit", decay="literal", normalize=False,
     output="identity", scale="none".
     Source: paper Eq. 48-49; errors of the print and stable forms in docs/notation.md.
@@ -101,7 +104,10 @@ class DeepMomentum(Rule):
     teacher: "ema", the running average of past keys; "gradient", the key itself.
     teacher_retention: retention of that average per step. width: hidden units.
     anchor: decay towards the "initial" network, or to "zero" as the paper's α m does.
-    output: read the network's answer as it is, or orthogonalised (paper Eq. 52).
+    output: read the network's answer as it is, or orthogonalised (paper Eq. 52) by `steps` of an
+        iteration with these `coefficients`. scale: see `readout.scaled`.
+    Shapes: parameter r × c, network c × width and width × c, average of keys r × c. Raises
+    ValueError where the parameter is not a matrix.
     Source: paper Eq. 50. The key, the value, sharing, initial value and normalisation are ours:
     the paper leaves them open and warns that they matter.
     """

@@ -40,6 +40,8 @@ class M3(Rule):
     eps: added to the denominator, in units of gradient. nesterov: read the fast memory ahead.
     accumulate: "ema", or undecayed "sum"s as printed. second_moment: of the "gradient", of the
         orthogonalised "update" (as AdaMuon), or "none".
+    steps, coefficients: the orthogonalising iteration. scale: see `readout.scaled`.
+    Shapes: parameter and memories r × c. Raises ValueError where the parameter is not a matrix.
     literal: Algorithm 1 as printed but for its misprints (sums, raw second moment, unscaled): its
         step is 1/c for a loss times c, and shrinks as 1/√t.
     Source: paper Algorithm 1, Eq. 75. Averages, bias correction, floor, Nesterov, scale are ours.

@@ -19,6 +19,7 @@ class Muon(Rule):
         a step (about lr, scale "none").
     momentum: retention per step, of an average (Jordan's and torch's convention; a sum would give
         the same direction). nesterov: read one step ahead. steps, coefficients: the iteration.
+    Shapes: parameter and memory r × c. Raises ValueError where the parameter is not a matrix.
     Source: Jordan et al. 2024; paper Eq. 42. The rms scale is Moonshot's.
     """
 
