@@ -2,7 +2,6 @@ PYTHON ?= python3
 JOBS ?= 2
 TEST_ARGS ?=
 HOPE_ARGS ?=
-BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +13,7 @@ CODE := $(wildcard deepopt torch_backend jax_backend examples tests benchmarks .
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo "variables: PYTHON=$(PYTHON)  JOBS=$(JOBS) (test processes, 0 for none)  TEST_ARGS  HOPE_ARGS  BENCH_ARGS"
+	@echo "variables: PYTHON=$(PYTHON)  JOBS=$(JOBS) (test processes, 0 for none)  TEST_ARGS  HOPE_ARGS"
 
 .venv: $(STAMP) ## create the virtual environment at the versions of constraints.txt
 
@@ -42,8 +41,9 @@ format: $(STAMP) ## format the code and apply the safe fixes
 	$(BIN)/ruff check --fix-only $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-bench: $(STAMP) ## time one optimizer step (BENCH_ARGS="--help")
-	$(BIN)/python -m benchmarks.step $(BENCH_ARGS)
+bench: $(STAMP) ## time an optimizer step and the training of Hope
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.hope
 
 # The scratch environment holds the wheel alone and borrows its dependencies from .venv by a .pth,
 # which lends the folder but does not follow the editable install in it.

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from deepopt import MLP, Linear, Table, average, dot, l2, write
 from deepopt import expr as ex
 from deepopt.algebra import Program, constant_array, fold
+from deepopt.describe import total_flops
 from deepopt.expr import array, symbol
 from deepopt.functions import COEFFICIENTS, newton_schulz, norm, ratio, rms, solve, unit
 from deepopt.grad import grad
@@ -176,6 +177,10 @@ def test_newton_schulz(shape):
     transposed = value(newton_schulz(symbol("x", shape[::-1])), x=g.T)
     np.testing.assert_allclose(transposed.T, quintic, atol=1e-13 * (shape[0] == shape[1]))
     assert not value(newton_schulz(x), x=np.zeros(shape)).any()
+    cost, other = (
+        total_flops(Program({"": newton_schulz(symbol("x", s))})) for s in (shape, shape[::-1])
+    )
+    assert cost == other
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 24), (24, 64)])
