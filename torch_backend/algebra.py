@@ -11,15 +11,18 @@ from torch import Tensor
 
 from deepopt.algebra import Algebra, Arrays, Program, apply, constant_array
 from deepopt.expr import Expr, Shape, symbol
-from deepopt.functions import definition_of, static_of
+from deepopt.functions import FUNCTIONS, definition_of, static_of
 from deepopt.oracle import NUMPY
 
 IN_PLACE = {"add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "exp", "log", "sigmoid", "tanh"}
 TWO_SIDED = {"add", "mul"}
+VIEWS = {"transpose", "reshape", "stop_gradient"}
+# Values that nobody may write into: shared constants, and truth values, which hold no numbers.
+READ_ONLY = {"array", "constant", "less", "less_equal", "equal"}
 
 
 class Torch(Arrays[Any]):
-    """The algebra of tensors of one dtype on one device."""
+    """The algebra of tensors of one dtype on one device; scalars may be Python numbers."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
@@ -29,6 +32,8 @@ class Torch(Arrays[Any]):
         return value
 
     def array(self, kind: str, shape: Shape, value: float) -> Tensor:
+        if kind == "full":
+            return torch.full((), value, dtype=self.dtype, device=self.device).expand(shape)
         return _constant(kind, shape, value, self.dtype, self.device)
 
     def sqrt(self, a: Any) -> Any:
@@ -50,19 +55,25 @@ class Torch(Arrays[Any]):
         return torch.tanh(a)
 
     def sign(self, a: Any) -> Any:
-        return torch.sign(a)
+        # torch.sign calls NaN 0; a NaN must stay one, as in NumPy and jax.
+        return torch.where(torch.isnan(a), a, torch.sign(a))
 
     def absolute(self, a: Any) -> Any:
         return torch.abs(a)
 
     def maximum(self, a: Any, b: Any) -> Any:
-        return torch.maximum(*_both(a, b)) if _tensors(a, b) else torch.clamp(*_tensor_first(a, b))
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return torch.maximum(a, b)
+        return torch.clamp(a, min=b) if isinstance(a, Tensor) else torch.clamp(b, min=a)
 
     def minimum(self, a: Any, b: Any) -> Any:
         return -self.maximum(-a, -b)
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
-        return torch.where(condition, a, b)
+        # Of two numbers, torch would make a tensor of the default dtype.
+        number = not isinstance(a, Tensor) and not isinstance(b, Tensor)
+        a = torch.tensor(a, dtype=self.dtype, device=self.device) if number else a
+        return torch.where(torch.as_tensor(condition, device=self.device).bool(), a, b)
 
     def transpose(self, a: Any) -> Any:
         return a.mT
@@ -74,18 +85,6 @@ class Torch(Arrays[Any]):
         if lower or upper:
             return torch.linalg.solve_triangular(a, b, upper=upper)
         return torch.linalg.solve_ex(a, b).result
-
-
-def _tensors(a: Any, b: Any) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor)
-
-
-def _both(a: Any, b: Any) -> tuple[Any, Any]:
-    return a, b
-
-
-def _tensor_first(a: Any, b: Any) -> tuple[Any, Any]:
-    return (a, b) if isinstance(a, Tensor) else (b, a)
 
 
 @lru_cache(maxsize=256)
@@ -101,82 +100,135 @@ Step = tuple[Callable[..., Any], tuple[int, ...], int, tuple[int, ...]]
 class Compiled:
     """A program unrolled into a list of calls.
 
-    Scalars (rank 0) that come from numbers are computed on the host in float64. With `donate`, an
-    operation may overwrite an intermediate value, or one of the inputs named there, after its last
-    use; the arithmetic is the same.
+    Scalars (rank 0) of numbers are computed on the host in float64. Unless `donate` is None,
+    operations overwrite intermediate values, and the inputs named there, at their last use (the
+    arithmetic is the same); then all inputs of rank 1 and more must have the same batch axes.
     """
 
-    def __init__(self, program: Program, algebra: Algebra[Any], donate: Sequence[str] = ()) -> None:
+    def __init__(
+        self, program: Program, algebra: Algebra[Any], donate: Sequence[str] | None = None
+    ) -> None:
         self.program = program
+        self._algebra = algebra
+        self._donate = donate
         self._where: dict[Expr, int] = {x: i for i, x in enumerate(program.nodes)}
         self._inputs = [(i, str(x["name"])) for i, x in enumerate(program.nodes) if x.op == "input"]
         self._outputs = [(name, self._where[x]) for name, x in program.outputs.items()]
-        self._donate = frozenset(donate)
-        self._in_place = bool(donate)
-        self._steps: list[Step] = [
-            self._step(i, x, algebra) for i, x in enumerate(program.nodes) if x.op != "input"
-        ]
+        self._homes: dict[Expr, str] = {}
+        self._storage_use: dict[Expr, int] = {}
+        self._batched: set[Expr] = set()
+        host: set[Expr] = set()
+        for x in program.nodes:
+            source, last = _storage(x), program.last_use.get(x, -1)
+            self._storage_use[source] = max(self._storage_use.get(source, -1), last)
+            if (x.op == "input" and x.shape) or any(a in self._batched for a in x.args):
+                self._batched.add(x)
+            if not x.shape and all(a in host for a in x.args):
+                host.add(x)
+        called = [(i, x) for i, x in enumerate(program.nodes) if x.op != "input"]
+        self._on_host = [self._scalar_step(i, x) for i, x in called if x in host]
+        self._steps = [self._step(i, x) for i, x in called if x not in host]
+        shared = [x for name, x in program.outputs.items() if self._is_shared(name, x)]
+        self._copies = [] if donate is None else [self._where[x] for x in shared]
 
-    def _step(self, i: int, x: Expr, algebra: Algebra[Any]) -> Step:
+    def _scalar_step(self, i: int, x: Expr) -> Step:
+        native = _native(x, self._algebra)
+
+        def call(*args: Any) -> Any:
+            if any(isinstance(a, Tensor) for a in args):
+                return native(*args)
+            return float(apply(NUMPY, x, args))
+
+        return call, tuple(self._where[arg] for arg in x.args), i, ()
+
+    def _step(self, i: int, x: Expr) -> Step:
         places = tuple(self._where[arg] for arg in x.args)
         last = self.program.last_use
         dead = tuple({self._where[arg] for arg in x.args if last[arg] == i})
-        host = not x.shape and all(not arg.shape for arg in x.args)
-        call = _native(x, algebra)
-        if host:
-            call = _on_host(x, call)
-        elif self._in_place and x.op in IN_PLACE:
+        if x.op in IN_PLACE:
             for position, arg in enumerate(x.args):
-                first = position == 0 or x.op in TWO_SIDED
-                if first and arg.shape == x.shape and last[arg] == i and self._owned(arg, set()):
-                    rest = x.args[:position] + x.args[position + 1 :]
-                    places = (self._where[arg], *(self._where[r] for r in rest))
-                    return getattr(Tensor, f"{x.op}_"), places, i, dead
-        return call, places, i, dead
+                usable = position == 0 or x.op in TWO_SIDED
+                if usable and arg.shape == x.shape and self._overwritable(arg, i):
+                    self._homes[x] = (
+                        str(arg["name"]) if arg.op == "input" else self._homes.get(arg, "")
+                    )
+                    rest = places[:position] + places[position + 1 :]
+                    return getattr(Tensor, f"{x.op}_"), (places[position], *rest), i, dead
+        full = all(arg in self._batched or not arg.shape for arg in x.args)
+        donate = () if self._donate is not None and full else None
+        return _native(x, self._algebra, donate), places, i, dead
 
-    def _owned(self, x: Expr, seen: set[Expr]) -> bool:
-        """Whether x's storage belongs to nobody else: fresh from an operation, or donated."""
-        if x.op == "input":
-            return str(x["name"]) in self._donate
-        if x.op in ("transpose", "reshape", "stop_gradient"):
+    def _overwritable(self, x: Expr, i: int) -> bool:
+        """Whether x's value has its whole shape and storage that is not read after node i."""
+        if self._donate is None or x not in self._batched or _storage(x) is not x:
             return False
-        return x.op not in ("array", "constant")
+        if self._storage_use[x] > i or x.op in READ_ONLY:
+            return False
+        return x.op != "input" or str(x["name"]) in self._donate
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def _is_shared(self, name: str, x: Expr) -> bool:
+        """Whether writing other outputs home, one after the other, could change this one."""
+        foreign = self._homes.get(x, name) not in ("", "w", "g", name)
+        return x.op == "input" or _storage(x) is not x or (foreign and name != "update")
+
+    def scalars(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """The values of all scalars; inputs of rank 1 and more may still be missing."""
         values: list[Any] = [None] * len(self.program.nodes)
         for i, name in self._inputs:
-            values[i] = inputs[name]
+            values[i] = inputs.get(name)
+        for call, places, i, _ in self._on_host:
+            values[i] = call(*[values[p] for p in places])
+        return values
+
+    def __call__(
+        self, inputs: Mapping[str, Any], scalars: Sequence[Any] | None = None
+    ) -> dict[str, Any]:
+        """The outputs; `scalars` may have been computed before, for several calls."""
+        values = list(self.scalars(inputs) if scalars is None else scalars)
+        for i, name in self._inputs:
+            if name in inputs:
+                values[i] = inputs[name]
         for call, places, i, dead in self._steps:
             values[i] = call(*[values[p] for p in places])
             for p in dead:
                 values[p] = None
+        for i in self._copies:
+            values[i] = values[i].clone()
         return {name: values[i] for name, i in self._outputs}
 
 
-def _native(x: Expr, algebra: Algebra[Any]) -> Callable[..., Any]:
+def _storage(x: Expr) -> Expr:
+    """The node whose storage the value of x may share: x itself, or what it is a view of."""
+    if x.op in VIEWS:
+        return _storage(x.args[0])
+    if x.op == "call" and x["name"] in FUNCTIONS:
+        body, symbols = _definition(x)
+        source = _storage(body)
+        if source in symbols:
+            return _storage(x.args[symbols.index(source)])
+    return x
+
+
+def _definition(call: Expr) -> tuple[Expr, tuple[Expr, ...]]:
+    static = tuple(sorted(static_of(call).items()))
+    return definition_of(str(call["name"]), tuple(a.shape for a in call.args), static)
+
+
+def _native(
+    x: Expr, algebra: Algebra[Any], donate: Sequence[str] | None = None
+) -> Callable[..., Any]:
     """The function of its arguments' values that a node is, a definition compiled in place."""
     if x.op == "call" and getattr(algebra, str(x["name"]), None) is None:
-        static = tuple(sorted(static_of(x).items()))
-        body, symbols = definition_of(str(x["name"]), tuple(a.shape for a in x.args), static)
-        inner = Compiled(Program({"": body}), algebra)
+        body, symbols = _definition(x)
+        inner = Compiled(Program({"": body}), algebra, donate)
         names = [str(s["name"]) for s in symbols]
         return lambda *args: inner(dict(zip(names, args, strict=True)))[""]
     if x.op == "array":
         value = apply(algebra, x, ())
         return lambda: value
-    simple = getattr(algebra, x.op, None)
-    if x.op in ("constant", "sum", "reshape", "call") or simple is None:
+    if x.op in ("constant", "sum", "reshape", "call"):
         return lambda *args: apply(algebra, x, args)
-    return simple
-
-
-def _on_host(x: Expr, call: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        if any(isinstance(a, Tensor) for a in args):
-            return call(*args)
-        return float(apply(NUMPY, x, args))
-
-    return run
+    return getattr(algebra, x.op)
 
 
 def lift(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -194,6 +246,8 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def run(*args: Tensor | float, **static: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
+        if not tensors:
+            raise TypeError(f"{function!r} was lifted to tensors, but none is among {args!r}")
         shapes = tuple(tuple(a.shape[-2:]) if isinstance(a, Tensor) else () for a in args)
         key = (shapes, tuple(sorted(static.items())), tensors[0].dtype, tensors[0].device)
         if key not in traces:

@@ -6,29 +6,42 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import lru_cache
 from math import prod
-from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeAlias, cast, overload
+from numbers import Integral, Real
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from deepopt.algebra import Program
 from deepopt.oracle import canonical
-from deepopt.rule import Rule, Slot, scalar_names, trace
+from deepopt.rule import Rule, Slot, hints, scalar_names, trace
 from deepopt.rules import AdamW
 from torch_backend.algebra import Compiled, Torch
-from torch_backend.routing import Named, Route, Routing, matrices, of_iterable, of_module, route
+from torch_backend.routing import Named, Route, Routing, check_view, matrices, of_iterable, route
 
 P = ParamSpec("P")
 Parameters: TypeAlias = nn.Module | Iterable[Any]
 OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
 
-# The most numbers that same-shape matrices are stacked into at a time.
-BATCH = 1 << 24
-OWN = ("params", "param_names", "rule", "seen_as", "maximize")
-FOREIGN = {"amsgrad": False, "dampening": 0, "centered": False}
+# The most numbers that same-shape matrices are stacked into at a time: what a CPU's cache holds,
+# and what keeps an accelerator busy.
+BATCH = {"cpu": 1 << 18}
+BATCH_ELSEWHERE = 1 << 24
+# Keys of a group that belong to the binding, and those that schedulers and trainers leave there.
+OWN = {"params", "param_names", "rule", "seen_as", "maximize"}
+FOREIGN = {"initial_lr", "base_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+FOREIGN |= {"name", "group_name"}
+# Keys of torch's optimizers: how they compute, and what must have this value to mean nothing here.
+TORCH = {"foreach", "fused", "capturable", "differentiable"}
+NEUTRAL = {"amsgrad": False, "centered": False, "dampening": 0, "momentum": 0, "nesterov": False}
+# The attributes that a copy or a pickle keeps beside those of torch's base class.
+KEPT = (
+    *("_rule", "_fallback", "_views", "_strict", "_rules", "_why", "_tensors"),
+    *("on_nonfinite", "skipped_steps"),
+)
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -42,15 +55,20 @@ class Optimizer(torch.optim.Optimizer):
         heads where a module or names tell them apart (bare tensors cannot be told apart: give
         embeddings a group of their own). By default AdamW with the group's lr and weight decay.
     views: how tensors are seen as matrices, by name pattern: {"*.qkv.weight": "split:3"}; a group
-        may say `seen_as`. See `routing.matrices`. Print `optimizer.routing` to see what was decided.
-    strict: raise where the routing would have to guess.
-    maximize: step uphill. on_nonfinite: "propagate" NaN and Inf gradients into the parameters as
-        torch does, "skip" the step (counted in `skipped_steps`), or "raise" naming the parameter.
+        may say `seen_as` for all of its tensors. See `routing.matrices`. Print
+        `optimizer.routing` to see what was decided.
+    strict: raise where the routing would have to guess, or to use a fallback that was not given.
+    maximize: step uphill.
+    on_nonfinite: "propagate" NaN and Inf gradients into the parameters as torch does, "skip" the
+        step (counted in `skipped_steps`), or "raise" naming the parameter.
 
     State is one flat dict of tensors per parameter, with the names of the rule's memories, in
     float32 at least; each step runs in that precision and rounds once.
     Raises ValueError or TypeError that quote what was given; then nothing has changed.
     """
+
+    # Hyperparameters of the rule that were given as tensors: groups keep the tensors themselves.
+    _tensors: Mapping[str, Tensor] = {}
 
     def __init__(
         self,
@@ -63,28 +81,31 @@ class Optimizer(torch.optim.Optimizer):
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "propagate",
     ) -> None:
-        if rule is not None and not isinstance(rule, Rule):
-            raise TypeError(f"rule={rule!r} must be a rule, such as deepopt.rules.M3()")
         if on_nonfinite not in ("propagate", "skip", "raise"):
-            raise ValueError(f"on_nonfinite={on_nonfinite!r} must be 'propagate', 'skip' or 'raise'")
-        if isinstance(params, Tensor):
-            raise TypeError(f"params must be a module or an iterable of tensors, got {type(params)}")
-        self._rule = rule or AdamW()
-        self._fallback = fallback
+            raise ValueError(
+                f"on_nonfinite={on_nonfinite!r} must be 'propagate', 'skip' or 'raise'"
+            )
+        if isinstance(params, Tensor | set):
+            raise TypeError(
+                f"params must be a module or an ordered iterable of tensors, got {type(params)}"
+            )
+        self._rule: Rule = AdamW() if rule is None else _checked_rule("rule", rule)
+        self._fallback = None if fallback is None else _checked_rule("fallback", fallback)
         self._views = dict(views or {})
         self._strict = strict
-        self._rules: list[Rule] = []
-        self._why: list[list[str]] = []
-        self._known: dict[int, list[Named]] = {}
+        # Kept by name and by parameter, not by position, so that users may rearrange the groups.
+        self._rules: dict[str, type[Rule]] = {}
+        self._why: dict[Tensor, str] = {}
         self.on_nonfinite: OnNonfinite = on_nonfinite
         self.skipped_steps = 0
-        groups: Any = params
-        if isinstance(params, nn.Module):
-            named = of_module(params)
-            groups = [{"params": [(x.name, x.tensor) for x in named]}]
-            self._known = {id(groups[0]): named}
+        for view in self._views.values():
+            check_view(view)
+        groups: Any = of_iterable(params) if isinstance(params, nn.Module) else params
         super().__init__(groups, {**_values(self._rule), "maximize": maximize})
-        self._known = {}
+        names = [name for group in self.param_groups for name in group.get("param_names", ())]
+        for pattern in self._views:
+            if not any(fnmatch(name, pattern) for name in names):
+                raise ValueError(f"views={{{pattern!r}: ...}} matches no parameter; names: {names}")
 
     @property
     def routing(self) -> Routing:
@@ -92,228 +113,249 @@ class Optimizer(torch.optim.Optimizer):
         routes: list[Route] = []
         for i, group in enumerate(self.param_groups):
             names = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
-            for name, p, why in zip(names, group["params"], self._why[i], strict=True):
-                view = group["seen_as"] if p.ndim > 1 else ""
-                routes.append(Route(name, tuple(p.shape), group["rule"], view, why))
+            for name, p in zip(names, group["params"], strict=True):
+                why = self._why.get(p, "")
+                routes.append(Route(name, tuple(p.shape), group["rule"], group["seen_as"], why))
         return Routing(tuple(routes))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, split by rule and view where its parameters need several."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        group = dict(param_group)
-        chosen = group.pop("rule", None)
-        if chosen is not None and not isinstance(chosen, Rule):
-            raise TypeError(f"rule={chosen!r} must be a rule, such as deepopt.rules.M3()")
-        if isinstance(group["params"], set):
-            raise TypeError("parameters need an order, but the order of a set changes between runs")
-        known = self._known.get(id(param_group)) or of_iterable(group["params"])
+        params, names = param_group["params"], param_group.get("param_names")
+        if names is not None:
+            params = list(zip(names, params, strict=True))
+        known = of_iterable(params)
         self._check_tensors(known)
-        base = chosen or self._rule
-        view = group.pop("seen_as", None)
-        maximize = group.pop("maximize", self.defaults.get("maximize", False))
-        given = {k: v for k, v in group.items() if k not in OWN}
-        fallback = self._fallback or AdamW()
-        common = {k: given.get(k, getattr(base, k)) for k in ("lr", "weight_decay", "every")}
-        if self._fallback is None:
-            fallback = _overridden(fallback, common)
-        rule = _overridden(base, given)
-        views = {"*": view, **self._views} if view else self._views
-        parts: dict[tuple[Rule, str], list[tuple[Named, str]]] = {}
+        chosen = param_group.get("rule")
+        base = self._rule if chosen is None else _checked_rule("rule", chosen)
+        given = {k: v for k, v in param_group.items() if k not in OWN | FOREIGN}
+        if chosen is None:
+            given = {**self._tensors, **given}
+        rule, rest = _made(type(base), given, base), self._fallback
+        shared: dict[str, Any] = {}
+        if rest is None:
+            shared = {k: given.get(k, getattr(base, k)) for k in ("lr", "weight_decay", "every")}
+            rest = _made(AdamW, shared)
+        seen_as = param_group.get("seen_as")
+        if seen_as is not None:
+            check_view(seen_as)
+        options = {
+            "chosen": chosen is not None,
+            "strict": self._strict,
+            "certain": self._fallback is not None,
+        }
+        parts: dict[tuple[bool, str], list[tuple[Named, str]]] = {}
         for x in known:
-            x = Named(x.name or "", x.tensor, x.kind) if view else x
-            taken, seen, why = route(
-                x, rule, fallback, views=views, strict=self._strict, chosen=chosen is not None
-            )
-            parts.setdefault((taken, seen), []).append((x, why))
-        if not parts:
-            super().add_param_group({**group, "params": []})
-        for (taken, seen), members in parts.items():
-            self._add(taken, seen, members, given, maximize)
+            asked = seen_as or next((v for k, v in self._views.items() if fnmatch(x.name, k)), "")
+            taken, view, why = route(x, rule, rest, asked, **options)
+            parts.setdefault((taken is rule, view), []).append((x, why))
+        extra = {k: v for k, v in param_group.items() if k in FOREIGN}
+        extra["maximize"] = param_group.get("maximize", self.defaults["maximize"])
+        before = len(self.param_groups)
+        try:
+            for (own, view), members in (parts or {(True, ""): []}).items():
+                values = given if own else shared
+                self._add(rule if own else rest, values, {**extra, "seen_as": view}, members)
+        except Exception:
+            del self.param_groups[before:]
+            raise
 
     def _add(
         self,
         rule: Rule,
-        view: str,
-        members: Sequence[tuple[Named, str]],
         given: Mapping[str, Any],
-        maximize: bool,
+        extra: Mapping[str, Any],
+        members: Sequence[tuple[Named, str]],
     ) -> None:
-        named = all(x.name for x, _ in members)
-        params = [(x.name, x.tensor) if named else x.tensor for x, _ in members]
-        values = _values(rule)
-        values |= {k: v for k, v in given.items() if k in values and isinstance(v, Tensor)}
-        extra = {"rule": type(rule).__name__, "seen_as": view, "maximize": maximize}
-        super().add_param_group({"params": params, **values, **extra})
-        added = self.param_groups[-1]
-        for name in set(self.defaults) - set(values) - set(OWN):
-            added.pop(name, None)
-        self._rules.append(rule)
-        self._why.append([why for _, why in members])
+        """Add a group of one rule and view; hyperparameters given as tensors stay the same ones."""
+        cls, values = type(rule), _values(rule)
+        values |= {k: v for k, v in given.items() if isinstance(v, Tensor)}
+        name = cls.__name__
+        if self._rules.get(name, cls) is not cls:
+            name = f"{cls.__module__}.{cls.__qualname__}"
+        params = [(x.name, x.tensor) if x.name else x.tensor for x, _ in members]
+        keep = {"params": params, "rule": name, **values, **extra}
+        super().add_param_group(keep)
+        for key in set(self.defaults) - set(values) - OWN:
+            del keep[key]
+        self._rules[name] = cls
+        self._why.update({x.tensor: why for x, why in members})
 
     def _check_tensors(self, known: Sequence[Named]) -> None:
         present = {id(p) for group in self.param_groups for p in group["params"]}
         for i, x in enumerate(known):
             what = x.name or f"parameter {i}"
             if not isinstance(x.tensor, Tensor):
-                raise TypeError(f"optimizer can only optimize Tensors, but {what} is {type(x.tensor)}")
-            if not x.tensor.is_floating_point():
+                raise TypeError(
+                    f"optimizer can only optimize Tensors, but {what} is {type(x.tensor)}"
+                )
+            if not x.tensor.is_floating_point() or x.tensor.layout is not torch.strided:
                 raise ValueError(
-                    f"{what} is of dtype {x.tensor.dtype}; only real floating-point parameters can "
-                    "be stepped (view a complex one as real, freeze an integer one)"
+                    f"{what} is of dtype {x.tensor.dtype} and layout {x.tensor.layout}; only real, "
+                    "dense floating-point parameters can be stepped (see a complex one by "
+                    "torch.view_as_real)"
                 )
             if id(x.tensor) in present:
-                raise ValueError(f"{what} appears in more than one place; give it once")
+                raise ValueError(f"{what} appears more than once; give each parameter once")
             present.add(id(x.tensor))
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns the closure's loss.
 
         Raises RuntimeError for sparse gradients, and ValueError where `on_nonfinite="raise"` meets
-        a NaN or Inf; then nothing has changed.
+        a NaN or Inf or where a group has a hyperparameter that its rule cannot have; then nothing
+        has changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            if self._gradients_usable():
-                for i, group in enumerate(self.param_groups):
-                    self._step_group(i, group)
+            batches = [
+                x for i, group in enumerate(self.param_groups) for x in self._batches(i, group)
+            ]
+            if self.on_nonfinite == "propagate" or self._finite():
+                for batch in batches:
+                    self._run(batch)
         return loss
 
-    def _gradients_usable(self) -> bool:
-        """Whether to step at all; raises where a gradient is refused."""
+    def _finite(self) -> bool:
+        """Whether all gradients are finite; counts the step as skipped, or raises, if not."""
         for i, group in enumerate(self.param_groups):
             for j, p in enumerate(group["params"]):
-                if p.grad is None:
+                if p.grad is None or bool(p.grad.isfinite().all()):
                     continue
-                if p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support sparse gradients; "
-                        f"{self._name(i, j)} has one (use sparse=False in its embedding)"
+                if self.on_nonfinite == "raise":
+                    raise ValueError(
+                        f"the gradient of {self._name(i, j)} has NaN or Inf entries; "
+                        "on_nonfinite='skip' would leave this step out"
                     )
-                if self.on_nonfinite != "propagate" and not bool(p.grad.isfinite().all()):
-                    if self.on_nonfinite == "raise":
-                        raise ValueError(
-                            f"the gradient of {self._name(i, j)} has NaN or Inf entries; "
-                            "on_nonfinite='skip' would leave this step out"
-                        )
-                    self.skipped_steps += 1
-                    return False
+                self.skipped_steps += 1
+                return False
         return True
 
     def _name(self, group: int, position: int) -> str:
         names = self.param_groups[group].get("param_names")
         return names[position] if names else f"parameter {position} of group {group}"
 
-    def _step_group(self, i: int, group: dict[str, Any]) -> None:
-        rule = self._rule_of(i)
-        values = rule.scalars(**{k: _host(group[k], k) for k in scalar_names(type(rule))})
-        batches: dict[tuple[Any, ...], list[Tensor]] = {}
+    def _batches(self, i: int, group: dict[str, Any]) -> list[Batch]:
+        """What to run for a group; changes nothing."""
+        values = {k: _host(group[k], k) for k in hints(self._rules[group["rule"]])}
+        rule = _instance(self._rules[group["rule"]], values)
+        view, maximize = group["seen_as"], group["maximize"]
+        scalars = rule.scalars(**values)
+        seen_by_shape: dict[torch.Size, Seen] = {}
+        ticking: dict[tuple[int, int], frozenset[str]] = {}
+        members: dict[tuple[Any, ...], list[Tensor]] = {}
         for position, p in enumerate(group["params"]):
             if p.grad is None:
                 continue
-            state = self._state_of(p, rule, group["seen_as"])
-            state["step"] += 1
-            step = int(state["step"])
-            ticking = rule.ticks(step, index=position)
-            shape = _seen(p, group["seen_as"])
-            alone = position if len(shape) != 3 else -1
-            key = (shape, p.dtype, p.device, step, ticking, alone)
-            batches.setdefault(key, []).append(p)
-        for (shape, dtype, device, step, ticking, _), params in batches.items():
-            if not prod(shape):
-                continue
-            program = trace(rule, shape[-2:] if len(shape) == 3 else shape, ticking)
-            inputs = {**values, "step": float(step)}
-            slots = tuple(k for k in rule.all_slots(shape) if k in program.inputs)
-            most = max(1, BATCH // prod(shape))
+            if p.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not support sparse gradients; "
+                    f"{self._name(i, position)} has one (use sparse=False in its embedding)"
+                )
+            seen = seen_by_shape.get(p.shape)
+            if seen is None:
+                seen = seen_by_shape[p.shape] = _seen(rule, p.shape, view)
+            state = self.state[p] if p in self.state else {}
+            step = int(state["step"]) + 1 if "step" in state else 1
+            moment = (step, position if rule.stagger else 0)
+            if moment not in ticking:
+                ticking[moment] = rule.ticks(step, index=moment[1])
+            key = (
+                seen,
+                p.dtype,
+                p.device,
+                step,
+                ticking[moment],
+                position if not seen.count else -1,
+            )
+            members.setdefault(key, []).append(p)
+        prepared: dict[tuple[Any, ...], tuple[Compiled, list[Any]]] = {}
+        batches: list[Batch] = []
+        for (seen, dtype, device, step, ticks, _), params in members.items():
+            most = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // max(1, seen.size))
             for start in range(0, len(params), most):
                 part = params[start : start + most]
-                # A memory that this step only reads must survive it.
-                written = tuple(k for k in slots if k in program.outputs)
-                donate = (*written, "w", "g") if len(part) > 1 else written
-                run = _compiled(program, _arithmetic(dtype), device, donate)
-                self._run(run, part, shape, slots, inputs, group["maximize"])
+                key = (seen, dtype, device, step, ticks, len(part) > 1)
+                if key not in prepared:
+                    run = _compiled(rule, seen.shape, ticks, dtype, device, len(part) > 1)
+                    prepared[key] = run, run.scalars({**scalars, "step": float(step)})
+                batches.append(Batch(*prepared[key], seen, part, maximize))
+        return batches
 
-    def _run(
-        self,
-        run: Compiled,
-        params: Sequence[Tensor],
-        shape: tuple[int, ...],
-        slots: Sequence[str],
-        scalars: Mapping[str, float],
-        maximize: bool,
-    ) -> None:
+    def _run(self, batch: Batch) -> None:
         """Step parameters of one shape, one by one or stacked along a first axis."""
+        run, scalars, seen, params, maximize = batch
         dtype = _arithmetic(params[0].dtype)
-        gradients = [cast(Tensor, p.grad).to(dtype).reshape(shape) for p in params]
-        tensors = {
-            "w": _stack([p.to(dtype).reshape(shape) for p in params]),
+        for p in params:
+            self._remember(p, seen)
+            self.state[p]["step"] += 1
+        if not seen.size:
+            return
+        states = [self.state[p] for p in params]
+        gradients = [seen.batch(cast(Tensor, p.grad).to(dtype), seen.shape) for p in params]
+        inputs = {
+            "w": _stack([seen.batch(p.to(dtype), seen.shape) for p in params]),
             "g": _stack([-g for g in gradients] if maximize else gradients),
         }
-        for name in slots:
-            tensors[name] = _stack([_in_batch(self.state[p][name], shape) for p in params])
-        out = run({**tensors, **scalars})
+        for name in run.program.inputs:
+            if name in seen.memories:
+                shape = seen.memories[name][0].shape
+                inputs[name] = _stack([seen.batch(s[name].to(dtype), shape) for s in states])
+        out = run(inputs, scalars)
+        del inputs, gradients
         out.pop("direction", None)
         update = out.pop("update", None)
         for j, p in enumerate(params):
-            rows = slice(j * shape[0], (j + 1) * shape[0]) if len(params) > 1 else slice(None)
             if update is not None:
-                step = update[rows].reshape(p.shape)
+                step = (
+                    seen.part(update, seen.shape, j).expand(seen.stack(seen.shape)).reshape(p.shape)
+                )
                 p.add_(step) if p.dtype == dtype else p.copy_(p.to(dtype) + step)
             for name, value in out.items():
-                stored = self.state[p][name]
-                value = value[rows] if isinstance(value, Tensor) and value.ndim else value
-                if stored.data_ptr() != value.data_ptr():
-                    stored.copy_(value.expand_as(_in_batch(stored, shape)).reshape(stored.shape))
+                stored, slot = states[j][name], seen.memories[name][0]
+                value = seen.part(torch.as_tensor(value), slot.shape, j)
+                # A memory that was overwritten in place is there already.
+                if stored.data_ptr() != value.data_ptr() or stored.dtype != value.dtype:
+                    stored.copy_(value.expand(seen.stack(slot.shape)).reshape(stored.shape))
 
-    def _rule_of(self, i: int) -> Rule:
-        """The rule of a group with the static hyperparameters that the group holds now."""
-        rule, group = self._rules[i], self.param_groups[i]
-        scalars = scalar_names(type(rule))
-        changed = {
-            f.name: group[f.name]
-            for f in fields(rule)
-            if f.name not in scalars and group[f.name] != getattr(rule, f.name)
-        }
-        if changed:
-            rule = self._rules[i] = _overridden(rule, changed)
-        return rule
-
-    def _state_of(self, p: Tensor, rule: Rule, view: str) -> dict[str, Tensor]:
-        """The state of a parameter, made on its first gradient."""
+    def _remember(self, p: Tensor, seen: Seen) -> None:
+        """Make the memories that a parameter does not have yet."""
         state = self.state[p]
-        missing = _layout(p, rule, view)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-        for name, (slot, shape) in missing.items():
-            if name not in state:
-                dtype = _arithmetic(p.dtype)
-                if shape == p.shape and slot.kind == "full":
-                    state[name] = torch.full_like(p, slot.value, dtype=dtype)
-                else:
-                    start = torch.from_numpy(slot.start()).to(p.device, dtype)
-                    state[name] = start.expand(shape).clone()
-        return state
+        for name, (slot, stored) in seen.memories.items():
+            if name in state:
+                continue
+            dtype = _arithmetic(p.dtype)
+            if stored == p.shape and slot.kind == "full":
+                state[name] = torch.full_like(p, slot.value, dtype=dtype)
+            else:
+                start = torch.from_numpy(slot.start()).to(p.device, dtype)
+                state[name] = start.expand(seen.stack(slot.shape)).reshape(stored).clone()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of the same rules, or of torch's optimizer that a rule is the equal of.
 
-        State keeps the dtype it was saved in. Raises ValueError where rule, names or shapes differ.
+        State keeps the dtype it was saved in. Hyperparameters become those of the checkpoint, as in
+        torch. Raises ValueError where rule, names or shapes differ; then nothing has changed.
         """
-        kept: dict[Tensor, dict[str, Any]] = {}
+        loaded: dict[Tensor, dict[str, Any]] = {}
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            checked, loaded = self._checked(given)
-            kept.update(loaded)
-            return checked
+            groups = self._checked_groups(given["param_groups"])
+            loaded.update(self._checked_state(groups, given["state"]))
+            keys = {key for group in groups for key in group["params"]}
+            foreign = {k: v for k, v in given["state"].items() if k not in keys}
+            return {**given, "param_groups": groups, "state": foreign}
 
         def restore(_: Any) -> None:
-            for p, state in kept.items():
-                self.state[p].update(state)
+            self.state.update(loaded)
 
+        # torch would cast every tensor to its parameter's dtype; nothing of ours passes through it.
         hooks = [
             self.register_load_state_dict_pre_hook(check),
             self.register_load_state_dict_post_hook(restore, prepend=True),
@@ -324,95 +366,162 @@ class Optimizer(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _checked(
-        self, given: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[Tensor, dict[str, Any]]]:
-        """The checkpoint in our terms, and its state as copies in the dtypes it was saved in."""
-        groups: list[dict[str, Any]] = []
-        loaded: dict[Tensor, dict[str, Any]] = {}
-        if len(given["param_groups"]) != len(self.param_groups):
+    def _checked_groups(self, saved_groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups of a checkpoint in our terms."""
+        if len(saved_groups) != len(self.param_groups):
             raise ValueError(
-                f"the checkpoint has {len(given['param_groups'])} parameter groups, this optimizer "
-                f"has {len(self.param_groups)}"
+                f"the checkpoint has {len(saved_groups)} parameter groups, this optimizer has "
+                f"{len(self.param_groups)}"
             )
-        for i, (saved, mine) in enumerate(zip(given["param_groups"], self.param_groups, strict=True)):
+        groups: list[dict[str, Any]] = []
+        for i, (saved, mine) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
             if len(saved["params"]) != len(mine["params"]):
                 raise ValueError(
                     f"group {i} of the checkpoint has {len(saved['params'])} parameters, this "
                     f"optimizer's has {len(mine['params'])}"
                 )
-            if saved.get("rule", mine["rule"]) != mine["rule"]:
-                raise ValueError(
-                    f"group {i} of the checkpoint was saved by rule {saved['rule']!r}; this "
-                    f"optimizer steps it by {mine['rule']!r}"
-                )
-            for name, neutral in FOREIGN.items():
-                if saved.get(name, neutral) != neutral:
-                    raise ValueError(f"the checkpoint has {name}={saved[name]!r}; no rule has that")
-            group = {k: saved.get(k, v) for k, v in mine.items()}
-            if "decoupled_weight_decay" in saved:
-                group["decoupled"] = saved["decoupled_weight_decay"]
-            group["params"] = saved["params"]
+            cls = self._rules[mine["rule"]]
+            group = {k: v for k, v in mine.items() if k != "params"} | _translated(saved, cls)
+            for key, verb in (("rule", "stepped by"), ("seen_as", "seen as")):
+                if group[key] != mine[key]:
+                    raise ValueError(
+                        f"group {i} of the checkpoint was {verb} {group[key]!r}; in this "
+                        f"optimizer it is {verb} {mine[key]!r}"
+                    )
+            _made(cls, {k: group[k] for k in hints(cls)})
             groups.append(group)
-            rule = self._rules[i].with_values(_plain(group))
-            for j, (key, p) in enumerate(zip(saved["params"], mine["params"], strict=True)):
-                state = given["state"].get(key)
-                if state:
-                    what = self._name(i, j)
-                    loaded[p] = _checked_state(p, rule, group["seen_as"], state, what)
-        return {**given, "param_groups": groups}, loaded
+        return groups
+
+    def _checked_state(
+        self, groups: Sequence[Mapping[str, Any]], saved: Mapping[Any, Any]
+    ) -> dict[Tensor, dict[str, Any]]:
+        """Copies of a checkpoint's state on the parameters' devices, names and shapes checked."""
+        loaded: dict[Tensor, dict[str, Any]] = {}
+        for i, (group, mine) in enumerate(zip(groups, self.param_groups, strict=True)):
+            cls = self._rules[mine["rule"]]
+            rule = _made(cls, {k: group[k] for k in hints(cls)})
+            for j, (key, p) in enumerate(zip(group["params"], mine["params"], strict=True)):
+                state = {k: v for k, v in saved.get(key, {}).items() if v is not None}
+                if not state:
+                    continue
+                shapes = {
+                    k: v[1] for k, v in _seen(rule, p.shape, mine["seen_as"]).memories.items()
+                }
+                what, names = self._name(i, j), set(state) - {"step"}
+                if names != set(shapes):
+                    raise ValueError(
+                        f"the checkpoint has memories {sorted(names)} for {what}; "
+                        f"{cls.__name__} keeps {sorted(shapes)}"
+                    )
+                step = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32)
+                loaded[p] = {"step": step.detach().reshape(()).cpu().clone()}
+                for name, shape in shapes.items():
+                    value = torch.as_tensor(state[name])
+                    if value.shape != shape:
+                        raise ValueError(
+                            f"the checkpoint's {name} for {what} has shape {tuple(value.shape)}; "
+                            f"it should be {tuple(shape)}"
+                        )
+                    loaded[p][name] = value.detach().to(p.device, copy=True)
+        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {k: v for k, v in self.__dict__.items() if k in OWN_ATTRIBUTES}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **{k: getattr(self, k) for k in KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for rule, group in zip(self._rules, self.param_groups, strict=True):
-            for name, value in (_values(rule) | {"maximize": False}).items():
-                group.setdefault(name, value)
+        for group in self.param_groups:
+            for name, parameter in _parameters(self._rules[group["rule"]]).items():
+                group.setdefault(name, parameter.default)
 
 
-OWN_ATTRIBUTES = (
-    "_rule",
-    "_fallback",
-    "_views",
-    "_strict",
-    "_rules",
-    "_why",
-    "_known",
-    "on_nonfinite",
-    "skipped_steps",
-)
+class Batch(NamedTuple):
+    """Parameters that are stepped by one call, and all that it needs but their tensors."""
+
+    run: Compiled
+    scalars: list[Any]
+    seen: Seen
+    params: list[Tensor]
+    maximize: bool
 
 
-def _values(rule: Rule) -> dict[str, Any]:
-    """The hyperparameters of a rule as plain values."""
-    return {f.name: getattr(rule, f.name) for f in fields(rule)}
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """How a rule sees a parameter: `count` matrices of a shape, or (count 0) its own shape.
+
+    memories: the slot of each, and the shape that it is stored in: the parameter's own where it is
+    as large, else (count, *shape), without count where that is 1.
+    """
+
+    count: int
+    shape: tuple[int, ...]
+    memories: dict[str, tuple[Slot, torch.Size]]
+
+    @property
+    def size(self) -> int:
+        return (self.count or 1) * prod(self.shape)
+
+    def stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a parameter's memories of this shape each."""
+        return (self.count, *shape) if self.count else shape
+
+    def batch(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return tensor.reshape(self.stack(shape))
+
+    def part(self, value: Tensor, shape: tuple[int, ...], j: int) -> Tensor:
+        """The j-th parameter's part of a result; without a batch axis it is shared by all."""
+        if not self.count or value.ndim <= len(shape) or len(value) <= self.count:
+            return value
+        return value[j * self.count : (j + 1) * self.count]
 
 
-def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _host(v, k) if isinstance(v, Tensor) else v for k, v in group.items()}
+@lru_cache(maxsize=4096)
+def _seen(rule: Rule, shape: torch.Size, view: str) -> Seen:
+    count, traced = 0, canonical(shape)
+    if view:
+        count, *matrix = matrices(tuple(shape), view)
+        traced = tuple(matrix)
+    memories: dict[str, tuple[Slot, torch.Size]] = {}
+    for name, slot in rule.all_slots(traced).items():
+        batch = (count,) if count > 1 else ()
+        stored = shape if slot.shape == traced else torch.Size((*batch, *slot.shape))
+        memories[name] = slot, stored
+    return Seen(count, traced, memories)
 
 
-def _overridden(rule: Rule, given: Mapping[str, Any]) -> Rule:
-    """The rule with a group's hyperparameters; TypeError for a name that it does not have."""
-    names = {f.name for f in fields(rule)}
-    for name in given:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {sorted(names)}"
-            raise TypeError(f"{type(rule).__name__} has no hyperparameter {name!r}{hint}")
-    return rule.with_values(_plain(given))
+@lru_cache(maxsize=4096)
+def _compiled(
+    rule: Rule,
+    shape: tuple[int, ...],
+    ticking: frozenset[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    stacked: bool,
+) -> Compiled:
+    """The program of a step; it may overwrite what it is to write, and stacks, which are copies."""
+    program = trace(rule, shape, ticking)
+    # A memory that this step only reads must survive it.
+    written = [k for k in rule.all_slots(shape) if k in program.outputs]
+    donate = ["w", "g", *written] if stacked else written
+    return Compiled(program, Torch(_arithmetic(dtype), device), donate)
 
 
-def _host(value: Any, name: str) -> Any:
-    """A hyperparameter as a Python number, or a tuple of them."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
-        return float(value)
-    return tuple(value) if isinstance(value, list) else value
+_instances: dict[tuple[Any, ...], Rule] = {}
+
+
+def _instance(cls: type[Rule], values: Mapping[str, Any]) -> Rule:
+    """A rule with these static values; its scalars are those of the first call."""
+    scalars = scalar_names(cls)
+    key = (
+        cls,
+        *(
+            (len(v) if isinstance(v, tuple) else None) if name in scalars else v
+            for name, v in values.items()
+        ),
+    )
+    if key not in _instances:
+        _instances[key] = cls(**values)
+    return _instances[key]
 
 
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -420,65 +529,72 @@ def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _seen(p: Tensor, view: str) -> tuple[int, ...]:
-    """The shape a program sees: (count, rows, columns) for a matrix rule, else the parameter's."""
-    return matrices(tuple(p.shape), view) if view else canonical(p.shape)
-
-
-def _layout(p: Tensor, rule: Rule, view: str) -> dict[str, tuple[Slot, torch.Size]]:
-    """Each memory's slot and the shape it is stored in: the parameter's own where it has that size."""
-    seen = _seen(p, view)
-    count, shape = (seen[0], seen[1:]) if view else (1, seen)
-    layout: dict[str, tuple[Slot, torch.Size]] = {}
-    for name, slot in rule.all_slots(shape).items():
-        batch = () if count == 1 else (count,)
-        stored = p.shape if slot.shape == shape else torch.Size((*batch, *slot.shape))
-        layout[name] = (slot, stored)
-    return layout
-
-
-def _in_batch(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A stored memory with the leading axis (count) that a stack of matrices needs."""
-    if len(shape) != 3:
-        return stored.reshape(canonical(stored.shape))
-    if stored.numel() == prod(shape):
-        return stored.reshape(shape)
-    return stored.reshape(shape[0], *stored.shape[-2:])
-
-
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
-@lru_cache(maxsize=4096)
-def _compiled(
-    program: Program, dtype: torch.dtype, device: torch.device, donate: tuple[str, ...]
-) -> Compiled:
-    return Compiled(program, Torch(dtype, device), donate)
+def _host(value: Any, name: str) -> Any:
+    """A hyperparameter as a plain Python value."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
+        return value.item()
+    if isinstance(value, tuple | list):
+        return tuple(_host(x, name) for x in value)
+    if isinstance(value, bool | float | int | str) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
-def _checked_state(
-    p: Tensor, rule: Rule, view: str, state: Mapping[str, Any], what: str
-) -> dict[str, Any]:
-    """Copies of a saved state on the parameter's device, its names and shapes checked."""
-    layout = _layout(p, rule, view)
-    names = {k for k, v in state.items() if v is not None}
-    if names - {"step"} != set(layout):
-        raise ValueError(
-            f"the checkpoint has state {sorted(names)} for {what}; {type(rule).__name__} keeps "
-            f"{sorted({'step', *layout})}"
-        )
-    copies: dict[str, Any] = {
-        "step": torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu().clone()
-    }
-    for name, (_, shape) in layout.items():
-        if state[name].shape != shape:
-            raise ValueError(
-                f"the checkpoint's {name} for {what} has shape {tuple(state[name].shape)}; "
-                f"it should be {tuple(shape)}"
-            )
-        copies[name] = state[name].detach().to(p.device, copy=True)
-    return copies
+def _values(rule: Rule) -> dict[str, Any]:
+    """The hyperparameters of a rule as plain values."""
+    return {k: _host(getattr(rule, k), k) for k in hints(type(rule))}
+
+
+def _parameters(cls: type[Rule]) -> dict[str, inspect.Parameter]:
+    """The hyperparameters of a rule as parameters of its constructor."""
+    return dict(inspect.signature(cls).parameters)
+
+
+def _checked_rule(name: str, value: Any) -> Rule:
+    if not isinstance(value, Rule):
+        raise TypeError(f"{name}={value!r} must be a rule, such as deepopt.rules.M3()")
+    return value
+
+
+def _made(cls: type[Rule], given: Mapping[str, Any], base: Rule | None = None) -> Rule:
+    """The rule with the given hyperparameters; TypeError for a name that it does not have."""
+    names = hints(cls)
+    for name in given:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {sorted(names)}"
+            raise TypeError(f"{cls.__name__} has no hyperparameter {name!r}{hint}")
+    values = {k: _host(v, k) for k, v in given.items()}
+    return cls(**(_values(base) if base else {}) | values)
+
+
+def _translated(saved: Mapping[str, Any], cls: type[Rule]) -> dict[str, Any]:
+    """A saved group in the terms of a rule: torch's own optimizers spell some things differently.
+
+    Raises ValueError for what the rule does not have.
+    """
+    group = {k: v for k, v in saved.items() if k not in TORCH}
+    if "rule" in saved:
+        return group
+    if "decoupled_weight_decay" in saved:
+        group["decoupled"] = group.pop("decoupled_weight_decay")
+    elif "dampening" in saved:
+        group["decoupled"] = False
+    if "adjust_lr_fn" in saved:
+        group["scale"] = "rms" if group.pop("adjust_lr_fn") == "match_rms_adamw" else "spectral"
+        group["steps"] = group.pop("ns_steps")
+        for name in ("ns_coefficients", "eps"):
+            group.pop(name)
+    for name, neutral in NEUTRAL.items():
+        if name in group and name not in hints(cls) and group.pop(name) != neutral:
+            raise ValueError(f"the checkpoint has {name}={saved[name]!r}; {cls.__name__} has not")
+    return group
 
 
 class Binding(Protocol, Generic[P]):
@@ -501,41 +617,50 @@ class Binding(Protocol, Generic[P]):
     ) -> Optimizer: ...
 
 
-def bind(rule: Callable[P, Rule], module: str | None = None) -> Binding[P]:
-    """A `torch.optim.Optimizer` class of one rule: `M3 = bind(rules.M3)`; then `M3(model, lr=3e-4)`.
+_bound: dict[type[Rule], Any] = {}
 
-    It takes params, lr and every hyperparameter of the rule by name, and the options of `Optimizer`.
-    To pickle its objects, assign it to the rule's name in the module that calls `bind`.
+
+def bind(rule: Callable[P, Rule], module: str | None = None) -> Binding[P]:
+    """The torch optimizer class of a rule: `M3 = bind(rules.M3)`; then `M3(model, lr=3e-4)`.
+
+    It takes params, lr and every hyperparameter of the rule by name, and the options of
+    `Optimizer`. There is one class per rule, and its objects can be pickled under any name.
     """
     cls = cast(type[Rule], rule)
+    if not (isinstance(cls, type) and issubclass(cls, Rule)):
+        raise TypeError(f"bind takes a class of rules, such as deepopt.rules.M3, not {rule!r}")
+    if cls in _bound:
+        return _bound[cls]
     options = dict(inspect.signature(Optimizer.__init__).parameters)
     shared = [options[k] for k in ("fallback", "views", "strict", "maximize", "on_nonfinite")]
 
     def __init__(self: Any, params: Any, lr: Any = None, **given: Any) -> None:
         chosen = {x.name: given.pop(x.name) for x in shared if x.name in given}
         given |= {} if lr is None else {"lr": lr}
-        Optimizer.__init__(self, params, _overridden(cls(), given), **chosen)
-        for group in self.param_groups:
-            for name, value in given.items():
-                if isinstance(value, Tensor) and name in group:
-                    group[name] = value
+        self._tensors = {k: v for k, v in given.items() if isinstance(v, Tensor)}
+        Optimizer.__init__(self, params, _made(cls, given), **chosen)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    hyper = [
-        inspect.Parameter(f.name, keyword, default=f.default) for f in fields(cls) if f.name != "lr"
-    ]
-    signature = inspect.Signature(
-        [
-            inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-            inspect.Parameter("lr", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=cls().lr),
-            *hyper,
-            *shared,
-        ]
-    )
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        if type(self) is not bound:
+            return object.__reduce_ex__(self, protocol)
+        return _unpickled, (cls, bound.__module__), self.__getstate__()
+
+    hyper = _parameters(cls)
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    first = [inspect.Parameter("self", positional), inspect.Parameter("params", positional)]
+    lr = hyper.pop("lr").replace(kind=positional)
+    signature = inspect.Signature([*first, lr, *hyper.values(), *shared])
+    __init__.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     namespace = {
         "__init__": __init__,
+        "__reduce_ex__": __reduce_ex__,
         "__doc__": cls.__doc__,
         "__module__": module or sys._getframe(1).f_globals["__name__"],
-        "__signature__": signature,
     }
-    return cast(Binding[P], type(cls.__name__, (Optimizer,), namespace))
+    bound = _bound[cls] = type(cls.__name__, (Optimizer,), namespace)
+    return cast(Binding[P], bound)
+
+
+def _unpickled(rule: type[Rule], module: str) -> Any:
+    cls = cast(type[Optimizer], bind(rule, module))
+    return cls.__new__(cls)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from math import prod
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -17,8 +17,21 @@ from deepopt.rule import Rule
 # Names by which people call a last projection and an embedding, for parameters that come by name.
 HEAD = re.compile(r"(^|\.)(lm_head|head|heads|classifier|score|logits|unembed|embed_out|output)$")
 EMBEDDING = re.compile(r"(^|[._])(emb|embed|embedding|embeddings|wte|wpe|tok_embeddings)([._]|$)")
-CONVOLUTIONS = (nn.modules.conv._ConvNd,)  # pyright: ignore[reportPrivateUsage]
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+CONVOLUTIONS = tuple(getattr(nn, f"Conv{t}{n}d") for t in ("", "Transpose") for n in (1, 2, 3))
+
+# What is known of a parameter: "hidden" is inside a module and none of the others, "named" has a
+# name that says nothing, "" is a bare tensor.
+Role: TypeAlias = Literal["embedding", "head", "convolution", "hidden", "named", ""]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A parameter with its name, if it has one, and its role."""
+
+    name: str
+    tensor: Tensor
+    role: Role
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,14 @@ class Routing:
         return table(rows)
 
 
+def check_view(view: str) -> None:
+    """Raise ValueError where a view is none of those that `matrices` knows."""
+    if not re.fullmatch(r"flatten|stacked|split:[1-9]\d*", view):
+        raise ValueError(
+            f"seen_as={view!r} must be 'flatten', 'stacked' or 'split:k', such as 'split:3'"
+        )
+
+
 def matrices(shape: tuple[int, ...], view: str) -> tuple[int, int, int]:
     """(count, rows, columns) of a tensor seen as a batch of matrices.
 
@@ -54,20 +75,15 @@ def matrices(shape: tuple[int, ...], view: str) -> tuple[int, int, int]:
     "split:k": k equal blocks of rows (a fused QKV projection is split:3).
     Raises ValueError where the shape does not allow it.
     """
+    check_view(view)
     if len(shape) < 2:
         raise ValueError(f"shape {shape} cannot be seen as matrices")
-    rest = prod(shape[1:])
-    if view == "flatten":
-        return 1, shape[0], rest
     if view == "stacked":
         return prod(shape[:-2]), shape[-2], shape[-1]
-    parts = re.fullmatch(r"split:([1-9]\d*)", view)
-    if parts is None:
-        raise ValueError(f"seen_as={view!r} must be 'flatten', 'stacked' or 'split:k', such as 'split:3'")
-    k = int(parts[1])
+    k = 1 if view == "flatten" else int(view.removeprefix("split:"))
     if shape[0] % k:
         raise ValueError(f"seen_as={view!r} does not divide the {shape[0]} rows of shape {shape}")
-    return k, shape[0] // k, rest
+    return k, shape[0] // k, prod(shape[1:])
 
 
 def seen_as(shape: tuple[int, ...], view: str) -> str:
@@ -78,91 +94,97 @@ def seen_as(shape: tuple[int, ...], view: str) -> str:
     return f"{rows}×{columns}" if count == 1 else f"{count} of {rows}×{columns}"
 
 
-@dataclass(frozen=True)
-class Named:
-    """A parameter with what is known of it: a name, and the kind of module that holds it."""
-
-    name: str | None
-    tensor: Tensor
-    kind: str = ""
-
-
 def of_module(module: nn.Module) -> list[Named]:
-    """The parameters of a module, each with its role: "embedding", "head", "conv" or ""."""
-    roles: dict[int, str] = {}
-    rows: set[int] = set()
-    last: tuple[str, nn.Linear] | None = None
+    """The parameters of a module with their roles."""
+    roles: dict[int, Role] = {}
+    linears: dict[str, nn.Linear] = {}
+    vocabulary = 0
     for name, child in module.named_modules():
-        weight = getattr(child, "weight", None)
         if isinstance(child, EMBEDDINGS):
-            roles[id(weight)] = "embedding"
-            rows.add(child.num_embeddings)
+            roles[id(child.weight)] = "embedding"
+            vocabulary = max(vocabulary, child.num_embeddings)
         elif isinstance(child, CONVOLUTIONS):
-            roles[id(weight)] = "conv"
+            roles[id(child.weight)] = "convolution"
         elif isinstance(child, nn.Linear):
-            last = (name, child)
+            linears[name] = child
     parameters = list(module.named_parameters())
-    matrices_left = sum(p.ndim > 1 and id(p) not in roles for _, p in parameters)
-    if last is not None and id(last[1].weight) not in roles and matrices_left > 1:
-        name, linear = last
-        if not rows or linear.out_features in rows or HEAD.search(name):
-            roles[id(linear.weight)] = "head"
-    return [Named(name, p, roles.get(id(p), "other")) for name, p in parameters]
+    owned = {id(x.weight) for x in linears.values()}
+    for name, p in parameters:
+        if id(p) not in roles and id(p) not in owned and EMBEDDING.search(name):
+            roles[id(p)] = "embedding"
+    if linears and sum(p.ndim > 1 for _, p in parameters) > 1:
+        name, last = list(linears.items())[-1]
+        if id(last.weight) not in roles and _is_head(name, last, linears, vocabulary):
+            roles[id(last.weight)] = "head"
+    return [Named(name, p, roles.get(id(p), "hidden")) for name, p in parameters]
 
 
-def of_iterable(parameters: Iterable[Any]) -> list[Named]:
-    """Tensors, or (name, tensor) pairs as `named_parameters()` gives them."""
+def _is_head(name: str, last: nn.Linear, linears: dict[str, nn.Linear], vocabulary: int) -> bool:
+    """Whether the last Linear of a model is its output; with tied embeddings it need not be."""
+    if not vocabulary or HEAD.search(name):
+        return True
+    blocks = Counter(re.sub(r"\d+", "#", x) for x in linears)
+    repeated = "#." in (pattern := re.sub(r"\d+", "#", name)) and blocks[pattern] > 1
+    return last.out_features == vocabulary and not repeated
+
+
+def of_iterable(parameters: Any) -> list[Named]:
+    """A module, a tensor, tensors, or (name, tensor) pairs as `named_parameters()` gives them.
+
+    Raises TypeError or ValueError for anything else.
+    """
+    if isinstance(parameters, nn.Module):
+        return of_module(parameters)
+    if isinstance(parameters, set):
+        raise TypeError("parameters need an order, but the order of a set changes between runs")
     found: list[Named] = []
-    for x in [parameters] if isinstance(parameters, Tensor) else parameters:
-        if isinstance(x, tuple) and len(x) == 2 and isinstance(x[0], str):
-            owner = x[0].rpartition(".")[0] or x[0]
-            kind = "head" if HEAD.search(owner) else ""
-            kind = "embedding" if EMBEDDING.search(x[0]) else kind
-            found.append(Named(x[0], x[1], kind))
-        else:
-            found.append(Named(None, x))
+    items: Iterable[Any] = [parameters] if isinstance(parameters, Tensor) else parameters
+    for x in items:
+        match x:
+            case Named():
+                found.append(x)
+            case (str(name), tensor):
+                owner = name.rpartition(".")[0] or name
+                role: Role = "head" if HEAD.search(owner) else "named"
+                found.append(Named(name, tensor, "embedding" if EMBEDDING.search(name) else role))
+            case _:
+                found.append(Named("", x, ""))
+    if len({x.name == "" for x in found}) > 1:
+        raise ValueError("all parameters of a group must come with names, or all without")
     return found
 
 
 def route(
-    x: Named, rule: Rule, fallback: Rule, *, views: Mapping[str, str], strict: bool, chosen: bool
+    x: Named, rule: Rule, fallback: Rule, view: str, *, chosen: bool, strict: bool, certain: bool
 ) -> tuple[Rule, str, str]:
-    """(rule, view, reason) for a parameter; `chosen` says that the user named the rule for its group.
+    """(rule, view, reason) for a parameter, `view` being what the user asked for, or "".
 
-    Raises ValueError with `strict` where the rule cannot take the parameter or its role is a guess.
+    chosen: the user named the rule for the group. certain: the user gave the fallback. Raises
+    ValueError where neither rule can take the parameter, or where `strict` and it is a guess.
     """
     shape = tuple(x.tensor.shape)
     name = x.name or "a parameter"
-    view = next((v for pattern, v in views.items() if fnmatch(x.name or "", pattern)), "")
     if rule.domain == "any":
         return rule, "", "takes any shape"
-    why = ""
     if len(shape) < 2:
-        why = "not a matrix"
-    elif x.kind in ("embedding", "head") and not chosen:
-        why = x.kind
-    if why:
-        if strict and len(shape) < 2:
+        if strict and not certain:
             rule.check(shape, name)
-        if strict and x.kind in ("embedding", "head") and fallback.domain == "matrix":
-            raise ValueError(f"strict=True: {name} is an {x.kind} and has no rule of its own")
         fallback.check(shape, name)
-        return fallback, "", f"{why}: fallback"
+        return fallback, "", "not a matrix: fallback"
+    if x.role in ("embedding", "head") and not chosen:
+        view = "" if fallback.domain == "any" else view or "flatten"
+        return fallback, view, f"{x.role}: fallback"
     if view:
         matrices(shape, view)
         return rule, view, "view given"
-    if len(shape) == 2:
-        guess = strict and not chosen and not x.kind
-        reason = "matrix"
-        view = "flatten"
-    else:
-        guess = strict and not x.kind
-        stacked = x.kind == "other"
-        view = "stacked" if stacked else "flatten"
-        reason = "stack of matrices" if stacked else "convolution as a matrix"
-    if guess:
+    unknown = x.role in ("named", "") if len(shape) > 2 else x.role == "" and not chosen
+    if strict and unknown:
         raise ValueError(
-            f"strict=True: {name} of shape {shape} may be a hidden matrix, an embedding, a head or a "
-            "stack. Pass the module or named parameters, a group with its own rule, or a view"
+            f"strict=True: {name} of shape {shape} may be a hidden matrix, an embedding, a head, "
+            "a convolution or a stack. Pass the module, or a group with its own rule and view"
         )
-    return rule, view, reason
+    if len(shape) == 2:
+        return rule, "flatten", "matrix"
+    if x.role == "hidden":
+        return rule, "stacked", "stack of matrices"
+    return rule, "flatten", "convolution as a matrix"

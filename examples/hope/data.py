@@ -37,12 +37,8 @@ class Corpus:
 
     def record(self) -> dict[str, str | int]:
         """What identifies the corpus in a log; figures compare only where `sha256` agrees."""
-        return {
-            "corpus": self.description,
-            "sha256": self.sha256,
-            "bytes": self.size,
-            "python": self.python,
-        }
+        identity = {"sha256": self.sha256, "bytes": self.size, "python": self.python}
+        return {"corpus": self.description, **identity}
 
 
 def load(path: str | Path | None = None, length: int = 1) -> Corpus:
@@ -54,16 +50,13 @@ def load(path: str | Path | None = None, length: int = 1) -> Corpus:
     if path is None:
         documents = _standard_library()
         what, description = "the standard library", f"standard library of Python {python}"
-    else:
+    elif Path(path).exists():
         documents = _blocks(_texts(Path(path)))
         what, description = repr(str(path)), Path(path).resolve().name
+    else:
+        raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
     if not documents:
         raise ValueError(f"{what} holds no text: every file is empty or contains NUL bytes")
-    if len(documents) == 1:
-        raise ValueError(
-            f"{what} is too small: {_total(documents)} bytes cannot be split into a training and "
-            "a validation part"
-        )
     train, valid = _split(documents)
     digest = hashlib.sha256()
     for part in (train, valid):  # the length first, so that moving the border changes the digest
@@ -181,8 +174,6 @@ def _texts(
     path: Path, skip: Callable[[str], bool] = _hidden, suffix: str = ""
 ) -> list[tuple[str, bytes]]:
     """(relative name, content) of the non-empty, NUL-free files, sorted by name."""
-    if not path.exists():
-        raise FileNotFoundError(f"no such file or folder: {str(path)!r}")
     root, found = path, []
     if path.is_dir():
         for folder, below, files in os.walk(path):
@@ -199,7 +190,7 @@ def _blocks(files: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
     if len(files) >= FEW:
         return files
     # About 200 blocks where the text allows it: with a handful, chance decides the share.
-    size = max(1024, min(BLOCK, _total(files) // 200))
+    size = max(1024, min(BLOCK, sum(len(text) for _, text in files) // 200))
     blocks = []
     for name, text in files:
         start = index = 0
@@ -225,7 +216,3 @@ def _split(documents: list[tuple[str, bytes]]) -> tuple[bytearray, bytearray]:
 
 def _rank(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8])
-
-
-def _total(documents: list[tuple[str, bytes]]) -> int:
-    return sum(len(text) for _, text in documents)

@@ -4,9 +4,8 @@ Nested Learning (arXiv 2512.24695), §8. What the memories do at every token is 
 optimizer, so it is not written down here: `deepopt.memory` derives it from the objective.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,64 +16,63 @@ from deepopt.grad import grad
 from deepopt.memory import MLP, l2, read_along, write
 from torch_backend.algebra import lift
 
-# The memories of a head that generate; "memory" itself, the sixth of the paper's set, is kept apart.
+# The memories of a head that generate what is written; "memory", which is read out, comes after.
 GENERATORS = ("key", "value", "rate", "retention")
 CONVOLUTION = 4  # taps
 
 
-# The inner learning rule. In every function: first [d, width], second [width, d], the parameters of
-# the residual two-layer memory; keys, values, queries [chunk, d]; retention, rate [chunk, 1].
+class State(NamedTuple):
+    """The parameters of memories, one or many in the axes in front."""
+
+    first: Tensor  # [..., d, width]
+    second: Tensor  # [..., width, d]
+
+
+# The inner learning rule on one chunk. first [d, width] and second [width, d] are the memory;
+# keys, values, queries are [chunk, d]; retention and rate [chunk, 1].
 
 
 def _read(first: Expr, second: Expr, keys: Expr) -> Expr:
     return MLP(first, second).read(keys)[0]
 
 
-def _written(
-    first: Expr, second: Expr, keys: Expr, values: Expr, retention: Expr, rate: Expr
-) -> tuple[Expr, ...]:
-    """The memory after one delta gradient descent step per token, gradients at the chunk's start."""
-    objective = l2(MLP(first, second), values, keys)
-    return write(
-        objective,
-        retention=retention,
-        rate=rate,
-        solver="sequential",
-        delta=True,
-        normalize=True,
-    ).parameters
+def _gradients(first: Expr, second: Expr, keys: Expr, values: Expr) -> tuple[Expr, ...]:
+    return tuple(grad(l2(MLP(first, second), values, keys).loss, [first, second]))
 
 
-def _answers(
+def _write(
     first: Expr,
     second: Expr,
     keys: Expr,
     values: Expr,
     retention: Expr,
     rate: Expr,
-    queries: Expr,
-) -> Expr:
-    """What the memory answers to each query, read just before the token of its row is written."""
+    *queries: Expr,
+) -> tuple[Expr, ...]:
+    """The memory after a step of delta gradient descent per token, gradients at the chunk's start.
+
+    With queries, also its answer to each of their rows just before the token of that row is written.
+    """
     objective = l2(MLP(first, second), values, keys)
-    return read_along(
-        objective, queries, retention=retention, rate=rate, delta=True, normalize=True
+    new = write(
+        objective,
+        solver="sequential",
+        retention=retention,
+        rate=rate,
+        delta=True,
+        normalize=True,
     )
-
-
-def _answers_and_written(*arguments: Expr) -> tuple[Expr, ...]:
-    return _answers(*arguments), *_written(*arguments[:-1])
-
-
-def _gradients(first: Expr, second: Expr, keys: Expr, values: Expr) -> tuple[Expr, ...]:
-    return tuple(grad(l2(MLP(first, second), values, keys).loss, [first, second]))
+    answers = [
+        read_along(objective, q, retention=retention, rate=rate, delta=True, normalize=True)
+        for q in queries
+    ]
+    return (*new.parameters, *answers)
 
 
 # The same functions of tensors, with any batch axes in front.
 read = lift(_read)
-written = lift(_written)
-answers = lift(_answers)
-answers_and_written = lift(_answers_and_written)
 gradients = lift(_gradients)
+write_chunk = lift(_write)
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,10 @@ class Config:
     """
 
     width: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     memory_width: int = 32
-    chunk: int = 16
+    chunk: int = 32
     slow_chunk: int = 64
     periods: tuple[int, ...] = (1, 2, 4)
     cms_width: int = 256
@@ -127,8 +125,8 @@ class ShortConvolution(nn.Module):
 class SelfModifyingTitans(nn.Module):
     """Memories that generate their own keys, values, learning rates and retentions.
 
-    Everything that enters a memory lies on the unit sphere, values included. With rates of exact
-    delta steps no write can then grow a memory without bound (ours).
+    Everything that enters a memory lies on the unit sphere, values included; together with the rates
+    of exact delta steps this bounds every write (ours).
     """
 
     def __init__(self, config: Config) -> None:
@@ -146,62 +144,47 @@ class SelfModifyingTitans(nn.Module):
         self.retention = nn.Parameter(torch.randn(heads, d, 1))
         self.retention_bias = nn.Parameter(torch.full((heads, 1, 1), -3.0))
 
-    def forward(self, x: Tensor, report: list[Tensor] | None = None) -> Tensor:  # [B, T, width]
-        batch, length, width = x.shape
-        # [B, T, 4, H, d] -> [4, B, H, T, d]
+    def forward(self, x: Tensor, report: list[Tensor] | None = None) -> Tensor:
+        """Rows [B, T, width] to answers [B, T, H, d]; `report` gathers inner gradient norms."""
+        batch, length, _ = x.shape
         rows = self.convolution(torch.cat((self.query(x), x, x, x), -1))
-        rows = rows.view(batch, length, 4, self.heads, -1).permute(2, 0, 3, 1, 4)
-        rows = unit(rows)
-        queries, generators = rows[0], rows[1:].movedim(0, 2)  # [B, H, 3, T, d]
-        # the rate and the retention are generated from the same rows
-        generators = torch.cat((generators, generators[:, :, 2:]), 2)
+        rows = unit(rows.view(batch, length, 4, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # The rate and the retention are generated from the same rows. [B, H, 4, T, d]
+        queries, generators = rows[0], torch.stack((rows[1], rows[2], rows[3], rows[3]), 2)
 
-        split = (len(GENERATORS), 1)
-        first, memory_first = self.first.split(split, 1)
-        second, memory_second = self.second.split(split, 1)
-        state = (first.expand(batch, -1, -1, -1, -1), second.expand(batch, -1, -1, -1, -1))
-        memory = (
-            memory_first.squeeze(1).expand(batch, -1, -1, -1),
-            memory_second.squeeze(1).expand(batch, -1, -1, -1),
-        )
-        outputs = []
-        for start in range(0, length, self.slow_chunk):
-            stop = min(start + self.slow_chunk, length)
-            keys, values, rate, retention = self.generate(*state, generators[..., start:stop, :])
-            for begin in range(start, stop, self.chunk):
-                end = min(begin + self.chunk, stop)
-                part = slice(begin - start, end - start)
-                targets = unit(read(*memory, values[..., part, :]))
-                arguments = (
-                    *memory,
-                    keys[..., part, :],
-                    targets,
-                    retention[..., part, :],
-                    rate[..., part, :],
-                )
+        first = self.first.expand(batch, -1, -1, -1, -1)
+        second = self.second.expand(batch, -1, -1, -1, -1)
+        state = State(first[:, :, :-1], second[:, :, :-1])  # of the generators
+        memory = State(first[:, :, -1], second[:, :, -1])
+        answers = []
+        for start, stop in spans(0, length, self.slow_chunk):
+            keys, values, retention, rate = self.generate(state, generators[:, :, :, start:stop])
+            for begin, end in spans(start, stop, self.chunk):
+                now = slice(begin - start, end - start)
+                pairs = keys[:, :, now], unit(read(*memory, values[:, :, now]))
                 if report is not None:
-                    report.append(gradient_norm(*arguments[:4]))
-                if end < length:
-                    answer, *new = answers_and_written(*arguments, queries[..., begin:end, :])
-                    memory = (new[0], new[1])
-                else:
-                    answer = answers(*arguments, queries[..., begin:end, :])
-                outputs.append(answer)
+                    report.append(gradient_norm(memory, *pairs))
+                rates = retention[:, :, now], rate[:, :, now]
+                *new, answer = write_chunk(*memory, *pairs, *rates, queries[:, :, begin:end])
+                memory = State(*new)
+                answers.append(answer)
             if stop < length:
-                keys, values = keys.unsqueeze(2), values.unsqueeze(2)
+                # All generators are written with the same keys and rates: one axis to broadcast.
+                keys, values, retention, rate = (
+                    x.unsqueeze(2) for x in (keys, values, retention, rate)
+                )
                 targets = unit(read(*state, values))
                 if report is not None:
-                    report.append(gradient_norm(*state, keys, targets))
-                state = written(*state, keys, targets, retention.unsqueeze(2), rate.unsqueeze(2))
-        return torch.cat(outputs, 2).transpose(1, 2)  # [B, T, H, d]
+                    report.append(gradient_norm(state, keys, targets))
+                state = State(*write_chunk(*state, keys, targets, retention, rate))
+        return torch.cat(answers, 2).transpose(1, 2)
 
-    def generate(self, first: Tensor, second: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        """Keys, values [B, H, T, d], rates in (0, 1) and retentions in (0.9, 1) [B, H, T, 1]."""
-        key, value, rate, retention = read(first, second, x).unbind(2)
+    def generate(self, state: State, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys, values [B, H, T, d], retentions in (0.9, 1) and rates in (0, 1) [B, H, T, 1]."""
+        key, value, rate, retention = read(*state, rows).unbind(2)
         rate = F.softplus(rate @ self.rate + self.rate_bias)
-        rate = -torch.expm1(-rate)
-        retention = 1 - 0.1 * torch.sigmoid(retention @ self.retention + self.retention_bias)
-        return unit(key), unit(value), rate, retention
+        retention = torch.sigmoid(retention @ self.retention + self.retention_bias)
+        return unit(key), unit(value), 1 - 0.1 * retention, -torch.expm1(-rate)
 
 
 class Attention(nn.Module):
@@ -273,13 +256,18 @@ class Hope(nn.Module):
             x = block(x, report)
         return self.head(self.norm(x))
 
-    def cms_levels(self) -> list[tuple[int, list[nn.Parameter]]]:
+    def hidden_matrices(self) -> list[Tensor]:
+        """The weights of the linear maps between embedding and head, what a matrix rule is for."""
+        linear = (module for module in self.blocks.modules() if isinstance(module, nn.Linear))
+        return [module.weight for module in linear]
+
+    def cms_levels(self) -> list[tuple[int, list[Tensor]]]:
         """(period, parameters of that level in all blocks), highest frequency first."""
-        levels: list[tuple[int, list[nn.Parameter]]] = []
-        for i, period in enumerate(self.config.periods):
-            parameters = [p for block in self.blocks for p in block.levels[i].parameters()]
-            levels.append((period, parameters))
-        return levels
+        named = list(self.named_parameters())
+        return [
+            (period, [p for name, p in named if f".levels.{i}." in name])
+            for i, period in enumerate(self.config.periods)
+        ]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -287,8 +275,13 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=1e-6)
 
 
+def spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """start to stop cut into pieces of `size`, the last one shorter if need be."""
+    return [(begin, min(begin + size, stop)) for begin in range(start, stop, size)]
+
+
 @torch.no_grad()
-def gradient_norm(first: Tensor, second: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The largest norm over all memories of the mean inner gradient of a chunk."""
-    squares = [g.square().sum((-2, -1)) for g in gradients(first, second, keys, values)]
+def gradient_norm(state: State, keys: Tensor, values: Tensor) -> Tensor:
+    """The largest norm over all memories of a chunk's mean inner gradient."""
+    squares = [g.square().sum((-2, -1)) for g in gradients(*state, keys, values)]
     return torch.stack(squares).sum(0).max().sqrt() / keys.shape[-2]

@@ -13,6 +13,8 @@ INK, MUTED, GRID = "#1f2430", "#6b7280", "#e6e8ec"
 TRAIN, VALID, BAD = "#3b6fb6", "#c8501e", "#b3261e"
 BASELINES = ("#5b5f97", "#2f7d6b", "#8a6d1d", "#7a4b8c")
 
+TICKS = (0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 16, 32, 64)
+
 
 class Progress:
     """One line on stderr, redrawn on a terminal; elsewhere a new line every `interval` seconds."""
@@ -116,7 +118,7 @@ def plot(jsonl_path: str | Path, png_path: str | Path, baselines: dict[str, floa
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FixedLocator, NullLocator
+        from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
     except ImportError as error:
         raise ImportError("plotting needs matplotlib: pip install matplotlib") from error
 
@@ -125,13 +127,22 @@ def plot(jsonl_path: str | Path, png_path: str | Path, baselines: dict[str, floa
     if not train and not valid:
         raise ValueError(f"{str(jsonl_path)!r} holds no finite losses to plot")
     figure = Figure(figsize=(9, 5.6), dpi=100, facecolor="white")
-    axes = figure.add_axes((0.075, 0.115, 0.72, 0.73))
+    axes = figure.add_axes((0.075, 0.115, 0.72 if baselines else 0.89, 0.69))
+
+    # Logarithmic, so that the fall from 8 bits and the last tenths can both be read.
+    axes.set_yscale("log")
+    values = [loss for _, loss in train + valid] + list(baselines.values())
+    low, high = max(min(values), 0.01) / 1.06, max(*values, 0.02) * 1.06
+    axes.set_ylim(low, high)
+    axes.yaxis.set_minor_locator(NullLocator())
+    ticks = [tick for tick in TICKS if low <= tick <= high]
+    axes.yaxis.set_major_locator(FixedLocator(ticks) if len(ticks) > 3 else MaxNLocator(6))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
     if train:
         steps, losses = zip(*train, strict=True)
-        smooth = _smooth(losses, max(1, len(losses) // 50))
         axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, smooth, color=TRAIN, linewidth=1.8, label="training (smoothed)")
+        axes.plot(steps, _smooth(losses), color=TRAIN, linewidth=1.8, label="training, smoothed")
     if valid:
         label = f"validation, last {valid[-1][1]:.3f}"
         style = {"marker": "o", "markersize": 5, "markeredgecolor": "white", "zorder": 3}
@@ -139,24 +150,16 @@ def plot(jsonl_path: str | Path, png_path: str | Path, baselines: dict[str, floa
     diverged = [row["step"] for row in rows if row.get("status") == "diverged" and "step" in row]
     if diverged:
         axes.axvline(diverged[0], color=BAD, linewidth=1.5, label=f"diverged, step {diverged[0]}")
-
-    # Logarithmic, so that the fall from 8 bits and the last tenths can both be read.
-    axes.set_yscale("log")
-    values = [loss for _, loss in train + valid] + list(baselines.values())
-    low, high = max(min(values), 0.01) / 1.06, max(values) * 1.06
-    axes.set_ylim(low, high)
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(FixedLocator(_ticks(low, high)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.margins(x=0.01)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     _label_baselines(axes, baselines)
 
     info = {key: value for row in rows for key, value in row.items()}
-    params = info.get("params")
-    size = None if params is None else f"{params / 1e6:.2f} M parameters"
+    size = f"{info['params']:,} parameters" if "params" in info else None
     parts = [str(part) for part in (info.get("corpus"), info.get("optimizer"), size) if part]
     figure.text(0.03, 0.94, "Loss in bits per byte", fontsize=14, weight="bold", color=INK)
-    figure.text(0.03, 0.89, "  ·  ".join(parts), fontsize=10.5, color=MUTED)
+    title = "  ·  ".join(parts)
+    figure.text(0.03, 0.89, title, fontsize=10.5, color=MUTED, parse_math=False)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("bits per byte (logarithmic)", color=INK)
     axes.grid(color=GRID, linewidth=0.8)
@@ -164,7 +167,7 @@ def plot(jsonl_path: str | Path, png_path: str | Path, baselines: dict[str, floa
     axes.tick_params(colors=MUTED, length=0)
     axes.spines[:].set_visible(False)
     axes.spines["bottom"].set(visible=True, color=MUTED)
-    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", labelcolor=INK)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1), ncols=3, frameon=False, labelcolor=INK)
     Path(png_path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png_path, format="png")
 
@@ -191,24 +194,14 @@ def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in rows if "step" in row and row.get(key) is not None]
 
 
-def _smooth(values: tuple[float, ...], width: int) -> list[float]:
-    """The mean over the last `width` values: no point is moved by what came after it."""
-    return [
-        sum(part) / len(part)
-        for part in (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
-    ]
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers inside the range, no closer than a twentieth of it."""
-    ticks: list[float] = []
-    for exponent in range(-3, 4):
-        for digit in (1, 1.2, 1.4, 1.6, 1.8, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 5, 6, 7, 8):
-            tick = digit * 10.0**exponent
-            gap = math.log(tick / ticks[-1]) if ticks else math.inf
-            if low <= tick <= high and gap >= math.log(high / low) / 20:
-                ticks.append(tick)
-    return ticks
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Means of about 1/50 of the curve, centred, and narrower towards both ends."""
+    smooth = []
+    for i in range(len(values)):
+        half = min(len(values) // 100, i, len(values) - 1 - i)
+        part = values[i - half : i + half + 1]
+        smooth.append(sum(part) / len(part))
+    return smooth
 
 
 def _rows(path: Path) -> list[tuple[dict[str, Any], int]]:

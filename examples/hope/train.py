@@ -1,0 +1,289 @@
+"""Train Hope on Python's own sources with M3: `python -m examples.hope.train`.
+
+Ctrl-C saves the run; the same command with --resume continues it, bit for bit.
+"""
+
+import argparse
+import math
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from deepopt import rules
+from examples.hope import data, ngram, report
+from examples.hope.model import Config, Hope
+from torch_backend import Optimizer
+
+LEARNING_RATES = {"m3": 2e-2, "muon": 2e-2, "adamw": 3e-3}
+REST = 3e-3  # learning rate of embedding, head, vectors and memories beside a matrix rule
+PROMPT = b"\nimport "
+MODEL = Config()
+SMALL = Config(width=32, layers=2, heads=2, memory_width=16, cms_width=64, chunk=16, slow_chunk=32)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on; a checkpoint continues only under the same."""
+
+    model: Config = MODEL
+    optimizer: str = "m3"
+    lr: float = LEARNING_RATES["m3"]
+    steps: int = 600
+    batch: int = 8
+    length: int = 128
+    evaluations: int = 5
+    windows: int = 32  # validation batches; before the end, every fourth of them
+    clip: float = 1.0
+    seed: int = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = parser().parse_args(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        settings = settings_of(args)
+        corpus = data.load(args.data, settings.length)
+        out = args.out or Path("runs/hope") / f"{settings.model.variant}-{settings.optimizer}"
+        result = train(settings, corpus, out, resume=args.resume)
+    except (OSError, ValueError, ArithmeticError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if result is None:
+        options = list(sys.argv[1:] if argv is None else argv)
+        again = shlex.join([*options, *([] if args.resume else ["--resume"])])
+        print(f"\nstopped; to go on: python -m examples.hope.train {again}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("python -m examples.hope.train", description=__doc__)
+    p.add_argument("--data", type=Path, help="a text file or folder (default: Python's sources)")
+    p.add_argument("--optimizer", choices=sorted(LEARNING_RATES), default="m3")
+    p.add_argument("--lr", type=float, help=f"default: {LEARNING_RATES}")
+    p.add_argument("--steps", type=int, help=f"default: {Settings.steps}; with --quick, 40")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--variant", choices=("titans", "attention"), default="titans")
+    p.add_argument("--threads", type=int, default=1, help="default: 1, small products gain little")
+    p.add_argument("--out", type=Path, help="folder (default: runs/hope/VARIANT-OPTIMIZER)")
+    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--quick", action="store_true", help="a tiny model, to see that all works")
+    return p
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    size = SMALL if args.quick else MODEL
+    quick = {"steps": 40, "batch": 8, "windows": 4, "evaluations": 2} if args.quick else {}
+    given = {k: v for k in ("steps", "lr") if (v := getattr(args, k)) is not None}
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr {args.lr}: a learning rate is positive, such as 1e-2")
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: at least 1")
+    common = {"optimizer": args.optimizer, "seed": args.seed, "lr": LEARNING_RATES[args.optimizer]}
+    model = Config(**{**asdict(size), "variant": args.variant})
+    return Settings(model=model, **{**common, **quick, **given})
+
+
+def train(
+    settings: Settings, corpus: data.Corpus, out: Path, *, resume: bool = False
+) -> dict[str, float] | None:
+    """Train, evaluate, plot and sample; None if Ctrl-C stopped it."""
+    torch.manual_seed(settings.seed)
+    model = Hope(settings.model)
+    optimizer = make_optimizer(model, settings.optimizer, settings.lr)
+    scheduler = LambdaLR(optimizer, lambda step: schedule(step, settings.steps))
+    batches = data.batches(corpus.train, settings.batch, settings.length, settings.seed)
+    held_out = data.windows(corpus.valid, settings.batch, settings.length, settings.windows)
+    count = sum(p.numel() for p in model.parameters())
+
+    checkpoint, log_path, png_path = out / "checkpoint.pt", out / "log.jsonl", out / "loss.png"
+    identity = {**asdict(settings), "corpus": corpus.sha256}
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "batches": batches}
+    start = step = load(checkpoint, identity, state) if resume else 0
+    log = report.Log(log_path, resume=step if resume else None)
+    if not resume:
+        about = {"optimizer": settings.optimizer, "lr": settings.lr, "params": count}
+        log.write({**corpus.record(), **about, "torch": torch.__version__})
+    print(f"{corpus.description}: {corpus.size / 1e6:.1f} MB, split by file, seed {settings.seed}")
+    print(f"Hope ({settings.model.variant}), {count / 1e6:.2f} M parameters, {settings.optimizer}")
+
+    progress = report.Progress(settings.steps, settings.batch * settings.length, start=step)
+    every = max(1, settings.steps // settings.evaluations)
+    with Stop() as stop:
+        while step < settings.steps and not stop.asked:
+            crops = next(batches)
+            loss = cost(model, crops)
+            if not loss.isfinite():
+                raise ArithmeticError(f"the loss is {loss} at step {step}: try a smaller --lr")
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            rate = scheduler.get_last_lr()[0]
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+            row = {"step": step, "train": bits(loss), "lr": rate, "gradient": norm.item()}
+            if step % every == 0 and step < settings.steps:
+                row["valid"] = evaluate(model, held_out[::4])
+                row["inner_gradient"] = inner_gradient(model, crops)
+                progress.write(
+                    f"step {step}: held out {row['valid']:.3f} bits/byte, largest inner gradient "
+                    f"{row['inner_gradient']:.2f}, outer gradient {row['gradient']:.2f}"
+                )
+            log.write(row)
+            progress.update(step, row["train"])
+            if "valid" in row:
+                save(checkpoint, identity, state, step)
+    progress.close()
+    save(checkpoint, identity, state, step)
+    if step < settings.steps:
+        return None
+
+    result = {
+        "hope": evaluate(model, held_out),
+        "ngram": ngram.bits_per_byte(corpus.train, held_out),
+    }
+    if start < step:
+        log.write({"step": step, "valid": result["hope"], "ngram": result["ngram"]})
+    report.plot(log_path, png_path, {"order-2 n-gram": result["ngram"]})
+    sample = generate(model, PROMPT, 200, settings.length, settings.seed)
+    print(
+        f"\nheld-out bits per byte, the same {held_out.shape[0] * settings.batch} windows for both"
+    )
+    print(f"  Hope                        {result['hope']:.3f}")
+    print(f"  Witten-Bell n-gram, order 2 {result['ngram']:.3f}")
+    print(f"\na sample after {PROMPT.decode()!r}:\n{indented(sample)}\n")
+    print(f"loss curve  {png_path}\nlog         {log_path}\ncheckpoint  {checkpoint}")
+    return result
+
+
+def make_optimizer(model: Hope, name: str, lr: float) -> Optimizer:
+    """Matrices by the rule `name`, everything else by AdamW; every CMS level by its own clock."""
+    adamw = rules.AdamW(lr=lr if name == "adamw" else REST, betas=(0.9, 0.95))
+    matrix = {"m3": rules.M3(lr=lr), "muon": rules.Muon(lr=lr), "adamw": adamw}[name]
+    levels = model.cms_levels()
+    in_levels = {id(p) for _, parameters in levels for p in parameters}
+    other = [p for p in model.parameters() if id(p) not in in_levels]
+    hidden = {id(p) for p in model.hidden_matrices()}
+    groups: list[dict[str, Any]] = []
+    for period, parameters in [(1, other), *levels]:
+        matrices = [p for p in parameters if id(p) in hidden]
+        rest = [p for p in parameters if id(p) not in hidden]
+        groups.append({"params": matrices, "rule": matrix, "every": period, "weight_decay": 0.1})
+        groups.append({"params": rest, "rule": adamw, "every": period, "weight_decay": 0.0})
+    return Optimizer(groups)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor of the learning rate: a tenth of linear warm-up, then a cosine down to a tenth."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, steps - warm)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def cost(model: Hope, crops: Tensor) -> Tensor:
+    """Cross-entropy in nats of crops [B, T + 1]."""
+    logits = model(crops[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten())
+
+
+def bits(loss: Tensor) -> float:
+    return loss.item() / math.log(2)
+
+
+@torch.no_grad()
+def evaluate(model: Hope, windows: Tensor) -> float:
+    """Mean bits per byte over windows [count, B, T + 1]."""
+    return sum(bits(cost(model, crops)) for crops in windows) / len(windows)
+
+
+@torch.no_grad()
+def inner_gradient(model: Hope, crops: Tensor) -> float:
+    """The largest norm of a chunk's mean inner gradient, over all memories; 0 without memories."""
+    norms: list[Tensor] = []
+    model(crops[:, :-1], norms)
+    return max((norm.item() for norm in norms), default=0.0)
+
+
+@torch.no_grad()
+def generate(model: Hope, prompt: bytes, count: int, context: int, seed: int) -> bytes:
+    """`count` bytes drawn after `prompt`, each from the last `context` ones, at temperature 0.8."""
+    generator = torch.Generator().manual_seed(seed)
+    text = list(prompt)
+    for _ in range(count):
+        logits = model(torch.tensor([text[-context:]]))[0, -1]
+        probabilities = torch.softmax(logits / 0.8, -1)
+        text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    return bytes(text[len(prompt) :])
+
+
+def indented(text: bytes) -> str:
+    shown = text.decode("utf-8", "replace")
+    shown = "".join(
+        c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in shown
+    )
+    return "\n".join(f"  | {line}" for line in shown.split("\n"))
+
+
+class Stop:
+    """Turns the first Ctrl-C into a wish to stop after the step; a second one interrupts."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Stop":
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
+def save(path: Path, identity: dict[str, Any], state: dict[str, Any], step: int) -> None:
+    """Write a checkpoint; a reader finds the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    parts = {name: thing.state_dict() for name, thing in state.items()}
+    torch.save({"identity": identity, "step": step, **parts}, part)
+    os.replace(part, path)
+
+
+def load(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> int:
+    """Restore a checkpoint of the same settings and corpus; returns the steps done."""
+    if not path.exists():
+        raise FileNotFoundError(f"nothing to resume: {str(path)!r} does not exist")
+    saved = torch.load(path, weights_only=True)
+    theirs, ours = _flat(saved["identity"]), _flat(identity)
+    different = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
+    if different:
+        rows = [f"{k}: checkpoint {theirs.get(k)}, this run {ours.get(k)}" for k in different]
+        raise ValueError(f"{str(path)!r} belongs to another run. " + "; ".join(rows))
+    for name, thing in state.items():
+        thing.load_state_dict(saved[name])
+    return saved["step"]
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in identity.items() if k != "model"} | identity["model"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

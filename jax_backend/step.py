@@ -1,0 +1,208 @@
+"""One rule over a tree of leaves: its state, its clocks and its step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, combinations
+from math import lcm, prod
+from operator import is_
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from deepopt.algebra import Program, fold
+from deepopt.expr import Shape
+from deepopt.oracle import canonical
+from deepopt.rule import Rule, trace
+from jax_backend.algebra import Jax
+
+# In the words of optax, which does not export them.
+NO_PARAMS = (
+    "You are using a transformation that requires the current value of parameters, but you are "
+    "not passing `params` when calling `update`."
+)
+
+# The weight (None where it is unknown), gradient and memories of a leaf.
+Leaf: TypeAlias = tuple[Any, Any, dict[str, Any]]
+_is_none = partial(is_, None)
+
+
+class RuleState(NamedTuple):
+    """Steps taken, and each memory as a tree of the parameters' structure."""
+
+    count: Any
+    slots: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """A rule as the `init` and `update` of an optax transformation.
+
+    scalars: hyperparameters known only at run time: schedules, arrays, or tuples with such.
+    output: "direction", or "update" with lr and weight decay applied.
+    mask: which leaves the weight decay of "update" applies to, as in `optax.adamw`.
+    """
+
+    rule: Rule
+    scalars: Mapping[str, Any]
+    output: Literal["direction", "update"]
+    mask: Any = None
+
+    def init(self, params: Any) -> RuleState:
+        """Raises ValueError naming a leaf that the rule cannot take."""
+        starts = jax.tree.map_with_path(self._start, params)
+        slots = {
+            name: jax.tree.map(lambda _, start, name=name: start[name], params, starts)
+            for name in self.rule.all_slots((1, 1))
+        }
+        return RuleState(jnp.zeros([], jnp.int32), slots)
+
+    def update(
+        self, updates: Any, state: Any, params: Any = None, **_: Any
+    ) -> tuple[Any, RuleState]:
+        """One step; a leaf of params whose gradient is None stays as it is."""
+        gradients, tree = jax.tree.flatten(updates, is_leaf=_is_none)
+        weights = [None] * len(gradients) if params is None else tree.flatten_up_to(params)
+        memories: list[dict[str, Any]] = [{} for _ in gradients]
+        for name, slot in state.slots.items():
+            for memory, value in zip(memories, tree.flatten_up_to(slot), strict=True):
+                memory[name] = value
+        leaves: list[Leaf] = list(zip(weights, gradients, memories, strict=True))
+        count = optax.safe_increment(state.count)
+        scalars = self._scalars(state.count) | {"step": count}
+        decays = self._decays(updates, params)
+        given = [scalars if decay else scalars | {"weight_decay": 0.0} for decay in decays]
+        for phase, members in self._phases(leaves).items():
+            variants, chosen = self._variant(count, phase)
+            branches = [partial(self._branch, v, [given[i] for i in members]) for v in variants]
+            stepped = jax.lax.switch(chosen, branches, [leaves[i] for i in members])
+            for i, leaf in zip(members, stepped, strict=True):
+                leaves[i] = leaf
+        slots = {k: tree.unflatten([memories[k] for *_, memories in leaves]) for k in state.slots}
+        return tree.unflatten([g for _, g, _ in leaves]), RuleState(count, slots)
+
+    def _start(self, path: Any, p: Any) -> dict[str, jax.Array]:
+        """The initial memories of a leaf, which may be an abstract value or sharded."""
+        what = f"the leaf at params{jax.tree_util.keystr(path)}"
+        self.rule.check(jnp.shape(p), what)
+        if not jnp.issubdtype(jnp.result_type(p), jnp.floating):
+            raise ValueError(
+                f"{what} is of dtype {jnp.result_type(p)}; only real floating-point leaves can be "
+                "stepped (mask integers out, view complex numbers as real)"
+            )
+        batch, shape = _seen(self.rule, jnp.shape(p))
+        dtype = _arithmetic(p)
+        starts: dict[str, jax.Array] = {}
+        for name, slot in self.rule.all_slots(shape).items():
+            if slot.kind == "full" and slot.shape == shape:
+                starts[name] = jnp.full_like(p, slot.value, dtype=dtype)
+            else:
+                start = jnp.asarray(slot.start(), dtype)
+                starts[name] = jnp.broadcast_to(start, (*batch, *slot.shape))
+        return starts
+
+    def _scalars(self, count: Any) -> dict[str, Any]:
+        """The hyperparameters at this count: Python numbers, and arrays of run-time values."""
+
+        def at(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(at, value))
+            value = value(count) if callable(value) else value
+            return value if isinstance(value, float | int) else jnp.reshape(value, ())
+
+        return self.rule.scalars(**{name: at(value) for name, value in self.scalars.items()})
+
+    def _decays(self, updates: Any, params: Any) -> list[bool]:
+        """Whether weight decay applies, leaf by leaf."""
+        mask = True if self.mask is None else self.mask
+        if callable(mask):
+            mask = mask(updates if params is None else params)
+        mask = jax.tree.broadcast(mask, updates, is_leaf=_is_none)
+        return jax.tree.leaves(mask, is_leaf=_is_none)
+
+    def _phases(self, leaves: Sequence[Leaf]) -> dict[int, list[int]]:
+        """The positions of the leaves whose clocks tick together, by their shift in updates."""
+        cycle = lcm(*self.rule.clocks().values()) if self.rule.stagger else 1
+        phases: dict[int, list[int]] = {}
+        for i, (_, g, _) in enumerate(leaves):
+            if g is not None and jnp.size(g):
+                phases.setdefault(i % cycle, []).append(i)
+        return phases
+
+    def _variant(self, count: Any, phase: int) -> tuple[list[frozenset[str]], Any]:
+        """Every set of clocks that can tick together, and the position of the one that does."""
+        every = self.rule.every
+        periods = {"every": every} | {k: every * n for k, n in self.rule.clocks().items()}
+        variants = ticking_together(periods)
+        due = {k: (count % n + phase * every) % n == 0 for k, n in periods.items()}
+        matches = [jnp.stack([due[k] == (k in v) for k in due]).all() for v in variants]
+        return variants, jnp.argmax(jnp.stack(matches))
+
+    def _branch(
+        self, ticking: frozenset[str], scalars: Sequence[Mapping[str, Any]], leaves: list[Leaf]
+    ) -> list[Leaf]:
+        """The leaves after a step on which these clocks tick, each g replaced by its update."""
+        return [self._leaf(ticking, s, leaf) for s, leaf in zip(scalars, leaves, strict=True)]
+
+    def _leaf(self, ticking: frozenset[str], scalars: Mapping[str, Any], leaf: Leaf) -> Leaf:
+        w, g, memories = leaf
+        batch, shape = _seen(self.rule, jnp.shape(g))
+        program, reads_weights = self._program(shape, ticking, scalars["weight_decay"])
+        if w is None and reads_weights:
+            raise ValueError(NO_PARAMS)
+        dtype = _arithmetic(g, g if w is None else w)
+        slots = self.rule.all_slots(shape)
+
+        def seen(x: Any, shape: Shape) -> jax.Array:
+            return jnp.asarray(x, dtype).reshape(*batch, *shape)
+
+        inputs = {
+            k: jnp.asarray(x, dtype) if isinstance(x, jax.Array) else x for k, x in scalars.items()
+        }
+        inputs |= {k: seen(m, slots[k].shape) for k, m in memories.items()}
+        inputs |= {"g": seen(g, shape), "w": seen(jnp.zeros_like(g) if w is None else w, shape)}
+        out = fold(program, Jax(dtype), inputs)
+
+        def like(name: str, given: str, x: Any) -> jax.Array:
+            """An output, which may lack the batch axes, in the shape and dtype of x."""
+            full = jnp.broadcast_to(out.get(name, 0.0), inputs[given].shape)
+            return full.reshape(jnp.shape(x)).astype(jnp.result_type(x))
+
+        kept = {k: like(k, k, m) if k in out else m for k, m in memories.items()}
+        return w, like(self.output, "g", g), kept
+
+    def _program(self, shape: Shape, ticking: frozenset[str], decay: Any) -> tuple[Program, bool]:
+        """The program of the output that is asked for, and whether it needs the weights."""
+        whole = trace(self.rule, shape, ticking)
+        direction = Program({k: x for k, x in whole.outputs.items() if k != "update"})
+        reads_weights = "w" in direction.inputs
+        if self.output == "direction":
+            return direction, reads_weights
+        return whole, reads_weights or isinstance(decay, jax.Array) or decay != 0
+
+
+def ticking_together(periods: Mapping[str, int]) -> list[frozenset[str]]:
+    """Every set of clocks that can tick together: all whose periods divide one common multiple."""
+    different = set(periods.values())
+    subsets = chain.from_iterable(combinations(different, n) for n in range(len(different) + 1))
+    multiples = {lcm(*subset) for subset in subsets}
+    sets = {frozenset(k for k, n in periods.items() if m % n == 0) for m in multiples}
+    return sorted(sets, key=sorted)
+
+
+def _seen(rule: Rule, shape: Shape) -> tuple[Shape, Shape]:
+    """The batch axes of a leaf, and the shape that the rule's program is traced for."""
+    if rule.domain == "any":
+        return (), canonical(shape)
+    if len(shape) > 3:
+        shape = prod(shape[:-1]), shape[-1]
+    return shape[:-2], shape[-2:]
+
+
+def _arithmetic(*xs: Any) -> Any:
+    """The dtype of a step's arithmetic and of the memories."""
+    return jnp.promote_types(jnp.result_type(*xs), jnp.float32)

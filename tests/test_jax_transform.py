@@ -1,0 +1,598 @@
+"""The optax binding: state, dtypes, schedules, clocks, masks, errors, and life inside optax's wrappers."""
+
+import inspect
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from cases import CASES, DEFAULTS, difference, stream
+
+import jax_backend
+from deepopt import Oracle, Rule, rules
+from deepopt.rule import scalar_names
+from jax_backend import RuleState, alias, scale_by_rule, transform
+from jax_backend.step import ticking_together
+from torch_backend import Optimizer
+
+ALIASES = {
+    rules.SGD: jax_backend.sgd,
+    rules.HeavyBall: jax_backend.heavy_ball,
+    rules.DeltaMomentum: jax_backend.delta_momentum,
+    rules.DeepMomentum: jax_backend.deep_momentum,
+    rules.AdamW: jax_backend.adamw,
+    rules.Lion: jax_backend.lion,
+    rules.Muon: jax_backend.muon,
+    rules.M3: jax_backend.m3,
+}
+# lr large enough to see, slow clocks that tick within a few steps.
+SEEN = {"lr": 0.05, "weight_decay": 0.1, "period": 3}
+EVERY = [rule.with_values(SEEN) for rule in DEFAULTS]
+NESTED = rules.M3(lr=0.05, slow=(0.9, 0.8), period=(2, 3), weight=(0.3, 0.2), weight_decay=0.1)
+SHAPES = {
+    "conv": (2, 1, 3, 4),
+    "empty": (0, 4),
+    "matrix": (4, 6),
+    "scalar": (),
+    "stack": (2, 3, 5),
+    "vector": (5,),
+}
+each_rule = pytest.mark.parametrize("rule", EVERY, ids=lambda r: type(r).__name__)
+each_name = pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def streams(shapes: dict[str, tuple[int, ...]], steps: int) -> tuple[Any, Any]:
+    """Parameters by name, and for each step the gradients by name."""
+    both = {k: stream(shape, steps, seed) for seed, (k, shape) in enumerate(shapes.items())}
+    return {k: w for k, (w, _) in both.items()}, {k: g for k, (_, g) in both.items()}
+
+
+def asarrays(tree: Any, dtype: Any = None) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+
+def path(tx: optax.GradientTransformation, w: Any, g: Any) -> Any:
+    """The parameters after each step, from one compilation of a scan."""
+
+    @jax.jit
+    def run(w, g):
+        def one(carry, g):
+            w, state = carry
+            updates, state = tx.update(g, state, w)
+            w = optax.apply_updates(w, updates)
+            return (w, state), w
+
+        return jax.lax.scan(one, (w, tx.init(w)), g)[1]
+
+    return run(asarrays(w), asarrays(g))
+
+
+def assert_same(a: Any, b: Any, tolerance: float = 1e-12) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert difference(x, y) <= tolerance
+
+
+def oracle_path(rule: Rule, w: np.ndarray, g: np.ndarray, **scalars: Any) -> np.ndarray:
+    """The oracle on the matrices that a leaf is seen as."""
+    shape = w.shape
+    if rule.domain == "matrix" and w.ndim < 2:
+        rule = rules.AdamW(lr=rule.lr, weight_decay=rule.weight_decay)
+    elif rule.domain == "matrix" and w.ndim == 3:
+        return np.stack([oracle_path(rule, w[i], g[:, i]) for i in range(len(w))], 1)
+    elif rule.domain == "matrix" and w.ndim > 3:
+        w, g = w.reshape(-1, shape[-1]), g.reshape(len(g), -1, shape[-1])
+    oracle, result = Oracle(rule, [w]), []
+    for k, step in enumerate(g):
+        (w,) = oracle.step([w], [step], **{n: at(k) for n, at in scalars.items()})
+        result.append(w.reshape(shape))
+    return np.stack(result)
+
+
+def states(state: Any) -> list[RuleState]:
+    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RuleState))
+    return [x for x in found if isinstance(x, RuleState)]
+
+
+# Values and state.
+
+
+@each_rule
+def test_leaves_of_every_rank_equal_the_oracle(x64, rule):
+    w, g = streams(SHAPES, 7)
+    found = path(ALIASES[type(rule)](**given(rule)), w, g)
+    for name, x in found.items():
+        assert difference(x, oracle_path(rule, w[name], g[name])) <= 1e-12, name
+    assert found["empty"].shape == (7, 0, 4)
+
+
+def given(rule: Rule) -> dict[str, Any]:
+    """The arguments by which an alias makes this rule of the list above."""
+    own = {k: v for k, v in SEEN.items() if hasattr(rule, k)}
+    return {"learning_rate" if k == "lr" else k: v for k, v in own.items()}
+
+
+@each_rule
+def test_the_state_is_a_struct_of_trees_and_counts_safely(rule):
+    w = asarrays(streams(SHAPES, 1)[0])
+    tx = transform(rule)
+    own, *_ = states(tx.init(w))
+    assert own.count.dtype == jnp.int32 and own.count.shape == () and own.count == 0
+    assert list(own.slots) == list(rule.slots((4, 6)))
+    seen = w
+    if rule.domain == "matrix":
+        seen = {k: x if x.ndim > 1 else optax.MaskedNode() for k, x in w.items()}
+    for slot in own.slots.values():
+        assert jax.tree.structure(slot) == jax.tree.structure(seen)
+    last = jnp.iinfo(jnp.int32).max
+    late = jax.tree.map(
+        lambda s: s._replace(count=jnp.asarray(last)), tx.init(w), is_leaf=lambda s: s in states(s)
+    )
+    after = tx.update(w, late, w)[1]
+    assert [s.count for s in states(after)] == [last] * len(states(after))
+
+
+@each_name
+@each_rule
+def test_state_and_updates_keep_their_dtypes(rule, name):
+    with jax.enable_x64(name == "float64"):
+        w = asarrays(streams(SHAPES, 1)[0], name)
+        g = asarrays(w, "bfloat16")
+        tx = transform(rule)
+        state = jax.eval_shape(tx.init, w)
+        assert {x.dtype for s in states(state) for x in jax.tree.leaves(s.slots)} <= {
+            jnp.dtype("float64" if name == "float64" else "float32")
+        }
+
+        def step(w, g, state):
+            # A branch of another dtype or weak type is an error here.
+            return jax.lax.cond(True, lambda: tx.update(g, state, w), lambda: (g, state))
+
+        for gradients in (w, g):
+            updates, after = jax.eval_shape(step, w, gradients, state)
+            assert after == state
+            assert [x.dtype for x in jax.tree.leaves(updates)] == [
+                x.dtype for x in jax.tree.leaves(gradients)
+            ]
+
+
+@each_rule
+def test_init_takes_abstract_values(rule):
+    w = asarrays(streams(SHAPES, 1)[0])
+    tx = transform(rule)
+    abstract = jax.eval_shape(lambda: w)
+    real = jax.eval_shape(lambda: tx.init(w))
+    assert jax.eval_shape(tx.init, abstract) == real
+    assert jax.eval_shape(lambda: tx.init(abstract)) == real
+
+
+def test_arithmetic_is_wide_enough_for_weights_and_gradients(x64):
+    w, g = streams({"a": (4, 6)}, 6)
+    wide = transform(rules.AdamW(lr=0.05))
+    params, narrow = asarrays(w), asarrays(g, "float32")
+    state = wide.init(params)
+    step = jax.tree.map(lambda x: x[0], narrow)
+    updates, _ = wide.update(step, state, params)
+    expected, _ = wide.update(asarrays(step, "float64"), state, params)
+    assert updates["a"].dtype == jnp.float32
+    assert_same(updates, asarrays(expected, "float32"), 0.0)
+
+
+# Schedules and hyperparameters.
+
+
+@pytest.mark.parametrize("rule", [*EVERY, NESTED], ids=lambda r: str(r)[:14])
+def test_every_scalar_may_follow_a_schedule(x64, rule):
+    """All scalars fall at once, each at its own speed; tuples element by element."""
+    w, g = stream((4, 6), 7)
+    schedules, values = {}, {}
+    for i, name in enumerate(scalar_names(type(rule))):
+        own = getattr(rule, name)
+        several = own if isinstance(own, tuple) else (own,)
+        falls = [lambda k, x=x, i=i, j=j: x * (1.0 - 0.01 * (i + 1 + 5 * j) * k)
+                 for j, x in enumerate(several)]  # fmt: skip
+        schedules[name] = tuple(falls) if isinstance(own, tuple) else falls[0]
+        values[name] = (lambda k, f=tuple(falls): tuple(at(k) for at in f)) if isinstance(
+            own, tuple
+        ) else falls[0]  # fmt: skip
+    assert len(schedules) >= 2
+    found = path(transform(rule, **schedules), w, g)
+    assert difference(found, oracle_path(rule, w, g, **values)) <= 1e-12
+    changed = difference(found, path(transform(rule), w, g))
+    assert changed > 1e-4
+
+
+@each_rule
+def test_a_constant_schedule_is_the_constant(rule):
+    w, g = stream((4, 6), 4)
+    constant = {k: optax.constant_schedule(getattr(rule, k)) for k in ("lr", "weight_decay")}
+    array = {k: jnp.asarray(getattr(rule, k)) for k in ("lr", "weight_decay")}
+    expected = path(transform(rule), w, g)
+    assert_same(path(transform(rule, **constant), w, g), expected, 0.0)
+    assert_same(path(transform(rule, **array), w, g), expected, 1e-6)
+
+
+def test_a_tuple_may_change_its_length():
+    w, g = stream((4, 6), 4)
+    one = rules.M3(period=2)
+    several = transform(one, slow=(lambda _: 0.9, 0.8), period=[2, 3], weight=(0.3, lambda _: 0.2))
+    expected = transform(rules.M3(slow=(0.9, 0.8), period=(2, 3), weight=(0.3, 0.2)))
+    assert_same(path(several, w, g), path(expected, w, g), 1e-6)
+    single = transform(NESTED, slow=lambda _: 0.7, period=2, weight=np.float32(0.5))
+    expected = transform(rules.M3(lr=0.05, weight_decay=0.1, slow=0.7, period=2, weight=0.5))
+    assert_same(path(single, w, g), path(expected, w, g), 1e-6)
+
+
+@each_rule
+def test_nothing_is_traced_twice(rule):
+    """Neither on the second call nor when an injected hyperparameter changes."""
+    tx = optax.inject_hyperparams(ALIASES[type(rule)])(learning_rate=0.1, weight_decay=0.2)
+    w = asarrays({"a": stream((3, 4), 1)[0], "b": stream((3,), 1)[0]})
+    traces = []
+
+    @jax.jit
+    def step(w, state):
+        traces.append(1)
+        updates, state = tx.update(w, state, w)
+        return updates, state
+
+    state = tx.init(w)
+    first, _ = step(w, state)
+    for name in ("learning_rate", "weight_decay"):
+        state.hyperparams[name] *= 3
+        updates, after = step(w, state)
+        assert difference(updates["a"], first["a"]) > 0.1
+    step(w, after)
+    assert len(traces) == 1
+
+
+def test_injected_hyperparameters_are_the_scalars():
+    tx = optax.inject_hyperparams(jax_backend.m3)(1e-2)
+    names = set(tx.init(jnp.ones((2, 2))).hyperparams)
+    assert names == set(scalar_names(rules.M3)) - {"lr"} | {"learning_rate"}
+    with pytest.raises(TypeError, match=r"M3\(period=.*'period' in static_args"):
+        optax.inject_hyperparams(jax_backend.m3)(1e-2, period=4).init(jnp.ones((2, 2)))
+    static = optax.inject_hyperparams(jax_backend.m3, static_args="period")(1e-2, period=4)
+    assert "period" not in static.init(jnp.ones((2, 2))).hyperparams
+
+
+def test_static_hyperparameters_may_be_given_too():
+    w, g = stream((4, 6), 4)
+    expected = path(transform(rules.M3(period=2, nesterov=False)), w, g)
+    assert_same(path(transform(rules.M3(), period=2, nesterov=False), w, g), expected, 0.0)
+    assert_same(path(jax_backend.m3(period=np.int64(2), nesterov=False), w, g), expected, 0.0)
+
+
+# Clocks.
+
+
+def equations(jaxpr: Any) -> list[Any]:
+    """All equations of a jaxpr and of the jaxprs inside, those of conditionals left out."""
+    found = []
+    for eqn in jaxpr.eqns:
+        found.append(eqn)
+        if eqn.primitive.name != "cond":
+            for inner in jax.core.jaxprs_in_params(eqn.params):
+                found += equations(inner)
+    return found
+
+
+def conditionals(tx: optax.GradientTransformation, params: Any) -> tuple[list[Any], list[Any]]:
+    """The conditionals of one step, and what runs outside of them."""
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
+    every = equations(jaxpr)
+    conds = [e for e in every if e.primitive.name == "cond"]
+    return conds, [e.primitive.name for e in every if e.primitive.name != "cond"]
+
+
+def products(cond: Any) -> list[int]:
+    """The matrix products in each branch."""
+    names = [[e.primitive.name for e in equations(b.jaxpr)] for b in cond.params["branches"]]
+    return sorted(n.count("dot_general") for n in names)
+
+
+def test_a_slow_branch_runs_on_its_tick_only():
+    w = {"a": jnp.ones((4, 6)), "b": jnp.ones((5, 3)), "c": jnp.ones(3)}
+    tx = transform(rules.M3())
+    conds, outside = conditionals(tx, w)
+    (cond,) = conds
+    ordinary, tick = products(cond)
+    # Five steps of three products for each of two matrices, and twice that on a tick.
+    assert (ordinary, tick) == (2 * 5 * 3, 2 * 2 * 5 * 3)
+    assert "dot_general" not in outside
+    lowered = jax.jit(tx.update).lower(w, tx.init(w), w)
+    assert lowered.as_text().count("stablehlo.case") == 1
+    assert " conditional(" in lowered.compile().as_text()
+
+
+def test_conditionals_are_one_for_all_leaves_of_a_phase():
+    w = [jnp.ones((4, 6))] * 5
+    assert len(conditionals(transform(rules.M3(period=3)), w)[0]) == 1
+    assert len(conditionals(transform(rules.M3(period=3, stagger=True)), w)[0]) == 3
+    assert len(conditionals(transform(rules.M3(period=9, stagger=True)), w)[0]) == 5
+    (cond,) = conditionals(transform(NESTED), w[:1])[0]
+    assert products(cond) == [15, 30, 30, 45]
+    (cond,) = conditionals(transform(rules.AdamW(every=3)), w)[0]
+    work = [{e.primitive.name for e in equations(b.jaxpr)} for b in cond.params["branches"]]
+    assert sorted("sqrt" in names for names in work) == [False, True]
+
+
+@each_rule
+def test_rules_without_clocks_have_no_conditional(rule):
+    conds, _ = conditionals(transform(rule), jnp.ones((4, 6)))
+    assert len(conds) == bool(rule.clocks())
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("periods", [(), (1,), (4,), (2, 3), (2, 4), (6, 4, 9), (3, 3, 1)])
+def test_the_sets_of_clocks_are_those_that_tick(every, periods):
+    rule = rules.M3(period=periods, every=every) if periods else rules.SGD(every=every)
+    clocks = {"every": every} | {k: every * n for k, n in rule.clocks().items()}
+    steps = range(1, every * int(np.lcm.reduce(periods or (1,))) + 1)
+    seen = {rule.ticks(step) for step in steps}
+    assert ticking_together(clocks) == sorted(seen, key=sorted)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("case", [c for c in CASES if c.rule.clocks()], ids=str)
+def test_staggered_clocks_go_by_the_position_as_in_torch(x64, case, every):
+    """Vectors in between belong to the fallback and are not counted, here as there."""
+    rule = case.rule.with_values({"stagger": True, "every": every, "period": case.rule.period})
+    shapes = [case.shape, (3,), case.shape, case.shape, (2,), case.shape]
+    both = [stream(shape, 9, seed) for seed, shape in enumerate(shapes)]
+    w, g = [w for w, _ in both], [g for _, g in both]
+    found = path(transform(rule), w, g)
+    params = [torch.nn.Parameter(torch.tensor(x)) for x in w]
+    optimizer, result = Optimizer(params, rule), []
+    for k in range(9):
+        for p, x in zip(params, g, strict=True):
+            p.grad = torch.tensor(x[k])
+        optimizer.step()
+        result.append([p.detach().numpy().copy() for p in params])
+    for i in range(len(shapes)):
+        assert difference(found[i], np.stack([x[i] for x in result])) <= 1e-12
+    still = path(transform(rule, stagger=False), w, g)
+    assert difference(found[2], still[2]) > 1e-6
+
+
+# Inside jax and optax.
+
+
+@each_rule
+def test_vmap_equals_each_run_alone(rule):
+    w, g = streams({"a": (3, 4, 5), "b": (3, 6)}, 4)
+    tx = transform(rule)
+    w, g = asarrays(w), asarrays(jax.tree.map(lambda x: np.moveaxis(x, 1, 0), g))
+
+    def run(w, g):
+        def one(carry, g):
+            updates, state = tx.update(g, carry[1], carry[0])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        return jax.lax.scan(one, (w, tx.init(w)), g)[0]
+
+    together, alone = jax.jit(jax.vmap(run))(w, g), jax.jit(run)
+    for i in range(3):
+        one = alone(*jax.tree.map(lambda x, i=i: x[i], (w, g)))
+        assert_same(jax.tree.map(lambda x, i=i: x[i], together), one, 2e-5)
+
+
+@each_rule
+def test_the_parts_chained_are_the_whole(x64, rule):
+    w, g = stream((4, 6), 5)
+    parts = optax.chain(
+        optax.clip(1e9),
+        scale_by_rule(rule),
+        optax.add_decayed_weights(rule.weight_decay),
+        optax.scale_by_learning_rate(rule.lr),
+    )
+    assert_same(path(parts, w, g), path(transform(rule), w, g))
+
+
+@each_rule
+def test_multi_steps_of_sums_is_every(x64, rule):
+    w, g = stream((4, 6), 8)
+    steps = optax.MultiSteps(transform(rule), 2, use_grad_mean=False)
+    whole = transform(rule, every=2)
+    found = path(steps.gradient_transformation(), w, g)
+    assert_same(path(whole, w, g), found)
+    state = whole.init(jnp.asarray(w))
+    updates, _ = whole.update(jnp.asarray(g[0]), state, jnp.asarray(w))
+    assert not np.any(updates)
+
+
+@each_rule
+def test_apply_if_finite_restores_every_memory(x64, rule):
+    w, g = stream((4, 6), 6)
+    bad = np.insert(g, [2, 5], np.nan, axis=0)
+    tx = optax.apply_if_finite(transform(rule), max_consecutive_errors=3)
+    found = np.delete(path(tx, w, bad), [2, 6], axis=0)
+    assert_same(found, path(transform(rule), w, g))
+
+
+@each_rule
+def test_masked_and_partitioned_leaves(x64, rule):
+    w, g = streams({"a": (4, 6), "b": (3, 5), "c": (6,)}, 5)
+    labels = {"a": "ours", "b": "theirs", "c": "ours"}
+    tx = optax.partition({"ours": transform(rule), "theirs": optax.sgd(0.1)}, labels)
+    found, alone = path(tx, w, g), path(transform(rule), w, g)
+    assert_same({k: found[k] for k in "ac"}, {k: alone[k] for k in "ac"})
+    assert_same(found["b"], path(optax.sgd(0.1), w["b"], g["b"]))
+    tx = optax.masked(transform(rule), {"a": True, "b": False, "c": True})
+    found = path(tx, w, g)
+    assert_same({k: found[k] for k in "ac"}, {k: alone[k] for k in "ac"})
+    assert difference(found["b"][0], w["b"] + g["b"][0]) < 1e-12
+
+
+@each_rule
+def test_none_leaves(rule):
+    w = {"a": jnp.ones((3, 4)), "b": None, "c": (jnp.ones(3), None)}
+    tx = transform(rule)
+    updates, state = tx.update(w, tx.init(w), w)
+    assert jax.tree.structure(updates) == jax.tree.structure(w)
+    full = {"a": jnp.ones((3, 4)), "c": (jnp.ones(3),)}
+    expected, _ = tx.update(full, tx.init(full), full)
+    assert_same(jax.tree.leaves(updates), jax.tree.leaves(expected), 0.0)
+
+
+@pytest.mark.parametrize("rule", [r for r in EVERY if r.domain == "any"], ids=str)
+def test_a_parameter_without_gradient_stays_as_it_is(rule):
+    w = {"a": jnp.ones((3, 4)), "b": jnp.ones(2)}
+    tx = transform(rule, mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))
+    state = tx.init(w)
+    updates, after = jax.jit(tx.update)({"a": w["a"], "b": None}, state, w)
+    assert updates["b"] is None and after.count == 1
+    for name, slot in after.slots.items():
+        assert np.array_equal(slot["b"], state.slots[name]["b"])
+        assert not np.array_equal(slot["a"], state.slots[name]["a"])
+    full, _ = tx.update(w, state, w)
+    assert_same(updates["a"], full["a"], 1e-6)
+
+
+@each_rule
+def test_map_params_finds_the_memories(rule):
+    w = {"a": jnp.ones((3, 4)), "b": jnp.ones((2, 5))}
+    tx = transform(rule)
+    state = tx.init(w)
+    specs = {"a": 1.0, "b": 2.0}
+    mapped = optax.tree.map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: None,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )  # fmt: skip
+    own, *_ = states(mapped)
+    assert own.count is None
+    assert own.slots == {name: specs for name in rule.slots((3, 4))}
+
+
+# Weight decay.
+
+
+@each_rule
+@pytest.mark.parametrize("kind", ["tree", "prefix", "function"])
+def test_the_mask_spares_leaves_from_weight_decay(x64, rule, kind):
+    w, g = streams({"a": (4, 6), "b": (3, 5), "c": (6,), "d": (2,)}, 3)
+    w, g = ({"x": {k: t[k] for k in "ab"}, "y": {k: t[k] for k in "cd"}} for t in (w, g))
+    masks: dict[str, Any] = {
+        "tree": {"x": {"a": True, "b": False}, "y": {"c": True, "d": False}},
+        "prefix": {"x": True, "y": False},
+    }
+    masks["function"] = lambda tree: jax.tree.map(lambda x: x.shape[0] in (4, 2), tree)
+    spared = {"tree": "bd", "prefix": "cd", "function": "bc"}[kind]
+    found = path(transform(rule, mask=masks[kind]), w, g)
+    decayed, plain = (path(transform(rule, weight_decay=d), w, g) for d in (0.1, 0.0))
+    for part, k in (("x", "a"), ("x", "b"), ("y", "c"), ("y", "d")):
+        expected = plain if k in spared else decayed
+        assert_same(found[part][k], expected[part][k])
+        assert difference(plain[part][k], decayed[part][k]) > 1e-4
+
+
+@each_rule
+def test_params_are_needed_where_they_are_read(rule):
+    g = jnp.ones((3, 4))
+    with pytest.raises(ValueError) as theirs:
+        tx = optax.add_decayed_weights(0.1)
+        tx.update(g, tx.init(g))
+    coupled = rule.with_values({"decoupled": False})
+    needs = [
+        transform(rule),
+        transform(rule, weight_decay=lambda _: 0.0),
+        transform(coupled),
+        scale_by_rule(coupled),
+    ]
+    for tx in needs:
+        with pytest.raises(ValueError) as ours:
+            tx.update(g, tx.init(g))
+        assert str(ours.value) == str(theirs.value)
+    for tx in (transform(rule, weight_decay=0.0), scale_by_rule(rule)):
+        assert_same(tx.update(g, tx.init(g))[0], tx.update(g, tx.init(g), g)[0], 0.0)
+
+
+def test_the_fallback_takes_the_rest(x64):
+    w, g = streams({"a": (4, 6), "b": (5,)}, 4)
+    halved = lambda k: 0.1 * 0.5**k  # noqa: E731
+    found = path(jax_backend.muon(halved, weight_decay=0.1), w, g)
+    adamw = rules.AdamW(lr=0.1, weight_decay=0.1)
+    assert difference(found["b"], oracle_path(adamw, w["b"], g["b"], lr=halved)) <= 1e-12
+    lion = rules.Lion(lr=0.3)
+    found = path(jax_backend.muon(halved, weight_decay=0.1, fallback=lion), w, g)
+    assert difference(found["b"], oracle_path(lion, w["b"], g["b"])) <= 1e-12
+
+
+# Errors and signatures.
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: jax_backend.adamw(-0.1), ValueError, r"AdamW\(lr=-0.1\) must be"),
+        (lambda: jax_backend.adamw(betas=(0.9, 1.5)), ValueError, r"betas=\(0.9, 1.5\)"),
+        (lambda: jax_backend.adamw(betas=(0.9, lambda _: 0.9, 0.9)), ValueError, "2 times"),
+        (lambda: jax_backend.muon(momentum=1.0), ValueError, r"Muon\(momentum=1.0\)"),
+        (lambda: jax_backend.m3(period=0), ValueError, r"M3\(period=0\) must be an integer >= 1"),
+        (lambda: jax_backend.m3(slow=(lambda _: 0.9, 2.0)), ValueError, r"slow=\(0.9, 2.0\)"),
+        (lambda: jax_backend.m3(scale="rsm"), ValueError, r"scale='rsm'.*'rms'"),
+        (lambda: jax_backend.muon(momentun=0.9), TypeError, "'momentun'; did you mean 'momentum'"),
+        (lambda: transform(rules.SGD(), xyzzy=1), TypeError, "'xyzzy'; it has"),
+        (lambda: scale_by_rule(rules.SGD(), lrr=1), TypeError, "'lrr'; did you mean 'lr'"),
+        (lambda: jax_backend.muon(0.1, lr=0.1), TypeError, "lr"),
+        (lambda: jax_backend.m3(period=lambda _: 3), TypeError, r"M3\(period=.*must be known"),
+        (lambda: transform(rules.SGD(), fallback=rules.Lion()), TypeError, "fallback=Lion"),
+        (lambda: jax_backend.sgd(np.ones(2)), ValueError, "size"),
+    ],
+    ids=itertools.count(),
+)
+def test_bad_values_are_errors_at_construction(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+@each_rule
+def test_bad_leaves_are_errors_at_init(rule):
+    tx = scale_by_rule(rule)
+    w = {"ok": jnp.ones((2, 3)), "layer": [jnp.ones(5)]}
+    if rule.domain == "matrix":
+        with pytest.raises(ValueError, match=r"needs matrices; .*\['layer'\]\[0\].*\(5,\)"):
+            tx.init(w)
+        with pytest.raises(ValueError, match=r"params.*shape \(\)"):
+            tx.init(jnp.ones(()))
+        with pytest.raises(ValueError, match=r"needs matrices"):
+            transform(rule, fallback=rules.Muon()).init(w)
+    for dtype in ("complex64", "int32"):
+        with pytest.raises(ValueError, match=rf"params\['a'\] is of dtype {dtype}"):
+            transform(rule).init({"a": jnp.ones((2, 2), dtype)})
+    wide = transform(rule, lr=jnp.ones(2))
+    with pytest.raises(TypeError, match="reshape"):
+        wide.update(jnp.ones((2, 2)), wide.init(jnp.ones((2, 2))), jnp.ones((2, 2)))
+
+
+@pytest.mark.parametrize("cls", ALIASES, ids=lambda c: c.__name__)
+def test_signatures_are_true(cls):
+    make = ALIASES[cls]
+    parameters = dict(inspect.signature(make).parameters)
+    first = parameters.pop("learning_rate")
+    assert first.annotation == optax.ScalarOrSchedule and first.default == cls().lr
+    options = {"mask", "fallback"} if cls.domain == "matrix" else {"mask"}
+    assert {parameters.pop(k).default for k in options} == {None}
+    own = {k: v for k, v in vars(cls()).items() if k != "lr"}
+    assert {k: p.default for k, p in parameters.items()} == own
+    assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    defaults = {k: p.default for k, p in parameters.items()}
+    w, g = stream((4, 6), 3)
+    assert_same(path(make(first.default, **defaults), w, g), path(transform(cls()), w, g), 0.0)
+    assert getattr(jax_backend, make.__name__) is make
+    assert make.__doc__ and make.__doc__.startswith(cls.__doc__)
+
+
+def test_every_rule_has_an_alias():
+    assert set(ALIASES) == set(rules.ALL)
+    assert alias(rules.SGD, "mine").__name__ == "mine"
