@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nstate: numbers per number of a 256 × 256 parameter.", end=" ")
         print("`python -m deepopt describe NAME` shows one rule.")
         return 0
-    cls = by_name.get((options.name or "").replace("_", "").lower())
+    if options.name is None:
+        parser.error(f"{options.command} needs the name of a rule: {', '.join(by_name)}")
+    cls = by_name.get(options.name.replace("_", "").lower())
     if cls is None:
         known = ", ".join(by_name)
         print(f"deepopt: no rule is called {options.name!r}; there are {known}", file=sys.stderr)

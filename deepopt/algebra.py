@@ -142,7 +142,7 @@ class Arrays(Algebra[V]):
         return a @ b
 
     def reshape(self, a: Any, rank: int, shape: Shape) -> V:
-        return a.reshape(*a.shape[: a.ndim - rank], *shape)
+        return a.reshape((*a.shape[: a.ndim - rank], *shape))
 
     def stop_gradient(self, a: V) -> V:
         return a
@@ -195,14 +195,14 @@ def constant_array(kind: str, shape: Shape, value: float = 1.0) -> np.ndarray[An
         case "full":
             return np.full(shape, value)
         case "eye":
-            return np.eye(shape[0], shape[1])
+            return value * np.eye(shape[0], shape[1])
         case "lower" | "strictly_lower":
-            return np.tril(np.ones(shape), 0 if kind == "lower" else -1)
+            return np.tril(np.full(shape, value), 0 if kind == "lower" else -1)
         case "dct":
             rows, columns = shape
             j = np.arange(columns)
             basis = np.cos(np.pi * (np.arange(rows)[:, None] + 0.5) * j / max(rows, 1))
             scale = np.where(j == 0, np.sqrt(0.5), 1.0) * (j < rows)
-            return basis * scale * np.sqrt(2.0 / max(rows, 1))
+            return value * basis * scale * np.sqrt(2.0 / max(rows, 1))
         case _:
             raise ValueError(f"unknown constant array {kind!r}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import cleandoc
 from math import prod
 
-from deepopt.algebra import Program, apply
-from deepopt.expr import Expr, Shape
+from deepopt.algebra import Program
+from deepopt.expr import Expr, Shape, topological
 from deepopt.functions import definition_of, static_of
-from deepopt.latex import Formulas, Text, formulas
+from deepopt.latex import text_of, ticks
 from deepopt.memory import Level
 from deepopt.rule import Rule, traced
 
@@ -43,21 +44,6 @@ def state_numbers(rule: Rule, shape: Shape) -> float:
     return sum(prod(s.shape) for s in rule.all_slots(shape).values()) / max(prod(shape), 1)
 
 
-def _text(x: Expr | None) -> str:
-    """A short Unicode rendering of a node, an ellipsis where it would be long."""
-    if x is None:
-        return "-"
-    algebra = Formulas("plain")
-    values: dict[Expr, Text] = {}
-    for y in Program({"": x}).nodes:
-        if y.op == "input":
-            values[y] = algebra.symbol(str(y["name"]))
-        else:
-            values[y] = apply(algebra, y, [values[arg] for arg in y.args])
-    text = values[x].text
-    return text if len(text) <= 36 else text[:35] + "…"
-
-
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as aligned columns, a rule under the first."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -72,49 +58,61 @@ def describe(rule: Rule, shape: Shape = (256, 256)) -> str:
     Raises ValueError where the rule cannot take the shape.
     """
     rule.check(shape, "the example")
-    program, levels = traced(rule, shape, frozenset(rule.clocks()) | {"every"})
-    ordinary, _ = traced(rule, shape, frozenset({"every"}))
+    program, levels = traced(rule, shape, frozenset({"every"}))
+    ticking, _ = traced(rule, shape, frozenset({"every", *rule.clocks()}))
     slots = rule.all_slots(shape)
-    rows = [("memory", "structure", "keys", "values", "objective", "retention", "rate", "period")]
-    by_name: dict[str, Level] = {x.name: x for x in levels if x.name}
-    for level in by_name.values():
-        clocks = [slots[n].clock for n in level.name.split(", ") if n in slots]
-        period = rule.clocks().get(clocks[0] or "", 1) * rule.every if clocks else 1
-        rows.append(
-            (
-                level.name,
-                level.structure,
-                _text(level.keys),
-                _text(level.values),
-                f"{level.objective} ({level.solver})",
-                _text(level.retention),
-                _text(level.rate),
-                str(period),
-            )
-        )
-    lines = formulas(program, "plain")
-    step = [f"  {name}{_mark(name)} = {right}" for name, right in lines.items()]
     n = max(prod(shape), 1)
-    cost = total_flops(program) / n, total_flops(ordinary) / n
-    moved = 3 + 2 * sum(prod(slots[k].shape) for k in ordinary.outputs if k in slots) / n
+    read = {k for k in (*program.inputs, *program.outputs) if k in slots}
+    written = {k for k in program.outputs if k in slots}
+    moved = 3 + sum(prod(slots[k].shape) / n for names in (read, written) for k in names)
     return "\n".join(
         [
             repr(rule),
             "",
-            (type(rule).__doc__ or "").strip(),
+            cleandoc(type(rule).__doc__ or ""),
             "",
-            table(rows) if len(rows) > 1 else "no memory beside the weights",
+            _nest(rule, program, levels, shape),
             "",
-            "one step (all clocks ticking; a prime marks a new memory):",
-            *step,
+            "one step; a prime marks what is new:",
+            *_lines(rule, shape),
             "",
             f"per number of a {' × '.join(map(str, shape))} parameter:",
             f"  state {state_numbers(rule, shape):.3g} numbers, "
             f"at least {4 * moved:.3g} bytes moved a step in float32",
-            f"  {cost[1]:.3g} floating-point operations a step, {cost[0]:.3g} when all clocks tick",
+            f"  {total_flops(program) / n:.3g} floating-point operations a step, "
+            f"{total_flops(ticking) / n:.3g} when all clocks tick",
         ]
     )
 
 
-def _mark(name: str) -> str:
-    return "" if name in ("direction", "update") else "'"
+def _nest(rule: Rule, program: Program, levels: Sequence[Level], shape: Shape) -> str:
+    """The table of the memories that the step keeps, from the writes recorded in its trace."""
+    rows = [["memory", "structure", "keys", "values", "objective", "retention", "rate", "period"]]
+    slots = rule.all_slots(shape)
+    for level in levels:
+        names = [n for n in level.name.split(", ") if n in program.outputs]
+        kept = topological([program.outputs[n] for n in names])
+        if not names or not all(x in kept for x in level.result):
+            continue
+        period = rule.every * rule.clocks().get(slots[names[0]].clock or "", 1)
+        pairs = [_short(x) for x in (level.keys, level.values)]
+        objective = f"{level.objective} ({level.solver})"
+        rates = [_short(level.retention), _short(level.rate)]
+        rows.append([level.name, level.structure, *pairs, objective, *rates, str(period)])
+    return table(rows) if len(rows) > 1 else "no memory beside the weights"
+
+
+def _short(x: Expr | None) -> str:
+    text = "-" if x is None else text_of(x)
+    return text if len(text) <= 36 else text[:35] + "…"
+
+
+def _lines(rule: Rule, shape: Shape) -> list[str]:
+    result: list[str] = []
+    for clock, lines in ticks(rule, shape, "plain").items():
+        if clock:
+            result.append(f"every {rule.clocks()[clock]} updates ({clock}) instead:")
+        result += [f"  {left} = {right}" for left, right in lines]
+    if rule.every > 1:
+        result.append(f"between updates, {rule.every} steps apart: gradients are summed")
+    return result

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from numbers import Real
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 from weakref import WeakValueDictionary
 
 Shape: TypeAlias = tuple[int, ...]
 
+KINDS = ("full", "eye", "dct", "lower", "strictly_lower")
 COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum", "equal"})
 _HERE = str(Path(__file__).parent)
 _RULES = str(Path(__file__).parent / "rules")
@@ -33,9 +35,26 @@ class Expr:
     attrs: tuple[tuple[str, Hashable], ...] = ()
     source: str = field(default="", repr=False)
 
+    # A node is not a sequence, and NumPy must not take it for one.
+    __iter__ = None
+    __array_ufunc__ = None
+
     def __getitem__(self, name: str) -> Hashable:
         """The static attribute `name`."""
-        return dict(self.attrs)[name]
+        attrs = dict(self.attrs)
+        if name not in attrs:
+            raise TypeError(
+                f"a node cannot be indexed (by {name!r}): use sum_, @, where or reshape"
+            )
+        return attrs[name]
+
+    def __eq__(self, other: object) -> bool:
+        """Identity; comparing a symbol with a number is a branch, and refused."""
+        if isinstance(other, int | float):
+            self.__bool__()
+        return self is other
+
+    __hash__ = object.__hash__
 
     @property
     def rank(self) -> int:
@@ -99,9 +118,9 @@ class Expr:
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
-            f"a rule branched on the value of {self.op!r} (made at {self.source}), which is a "
+            f"a rule branched at {_caller()} on the value of {self.attrs or self.op!r}, which is a "
             "symbol while the rule is traced: use where(condition, a, b), or make the "
-            "hyperparameter static (int, bool or str)"
+            "hyperparameter static (int, bool, str or Literal)"
         )
 
 
@@ -141,14 +160,23 @@ def constant(value: float) -> Expr:
 
 
 def array(kind: str, shape: Shape, value: float = 1.0) -> Expr:
-    """A constant array: 'full' (of `value`), 'eye', 'dct' (orthonormal DCT-II basis in columns),
+    """`value` times a constant: 'full' of ones, 'eye', 'dct' (orthonormal DCT-II basis in columns),
     'lower' (ones on and below the diagonal) or 'strictly_lower'."""
+    if kind not in KINDS or not shape or (kind != "full" and len(shape) != 2):
+        raise ValueError(
+            f"array({kind!r}, {shape}): the kind must be one of {KINDS}, all but 'full' matrices; "
+            "rank 0 is for hyperparameters, use (1, 1)"
+        )
     return node("array", (), shape, kind=kind, value=float(value))
 
 
 def as_expr(x: Number) -> Expr:
-    """A Python number as a constant node; a node as it is."""
-    return x if isinstance(x, Expr) else constant(x)
+    """A Python number as a constant node; a node as it is. TypeError for anything else."""
+    if isinstance(x, Expr):
+        return x
+    if not isinstance(x, Real):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{x!r} is neither a number nor a node")
+    return constant(x)
 
 
 def broadcast(a: Shape, b: Shape, what: str) -> Shape:
@@ -248,7 +276,8 @@ def mul(x: Number, y: Number) -> Expr:
             return b
         if value == -1:
             return neg(b)
-        if b.op == "mul" and (inner := _value(b.args[0])) is not None:
+        inner = _value(b.args[0]) if b.op == "mul" and b.args[1].shape == b.shape else None
+        if inner is not None:
             return mul(value * inner, b.args[1])
         return elementwise("mul", value, b)
     if a.op == "neg":
@@ -274,16 +303,11 @@ def sum_(x: Expr, axes: tuple[int, ...] | None = None) -> Expr:
     return node("sum", (x,), shape, axes=axes)
 
 
-def mean(x: Expr, axes: tuple[int, ...] | None = None) -> Expr:
-    """The mean over `axes`, as `sum_`; zero for an empty array."""
-    total = sum_(x, axes)
-    return total * (total.size / max(x.size, 1))
-
-
 def reshape(x: Expr, shape: Shape) -> Expr:
     """The same entries in row-major order under another shape."""
-    if prod(shape) != x.size:
-        raise ValueError(f"cannot see shape {x.shape} as {shape}")
+    if prod(shape) != x.size or not shape:
+        hint = "; rank 0 is for hyperparameters, use (1, 1)" * (not shape)
+        raise ValueError(f"cannot see shape {x.shape} as {shape}{hint}")
     if shape == x.shape:
         return x
     return node("reshape", (x,), shape)
@@ -304,7 +328,7 @@ def stop_gradient(x: Expr) -> Expr:
     return node("stop_gradient", (x,), x.shape)
 
 
-def flops(*roots: Expr) -> int:
+def products(*roots: Expr) -> int:
     """Multiply-adds of the matrix products in a graph, shared ones counted once."""
     return sum(x.size * x.args[0].shape[1] for x in topological(roots) if x.op == "matmul")
 
@@ -340,7 +364,7 @@ def substitute(root: Expr, values: Mapping[Expr, Expr]) -> Expr:
 
 
 def matmul(a: Expr, b: Expr) -> Expr:
-    """The matrix product, associated and distributed the way that costs least for these shapes.
+    """The matrix product, re-associated or distributed once where that costs less.
 
     (m gᵀ) g runs as m (gᵀ g) when g is tall, and (m gᵀ - I) g never forms m gᵀ where that is large.
     """
@@ -359,10 +383,10 @@ def matmul(a: Expr, b: Expr) -> Expr:
             p, q = x.args
             other = _product(p, matmul(q, b)) if left else _product(matmul(a, p), q)
             candidates.append(other)
-        elif x.op in ("add", "sub") and any(_is_eye(y) for y in x.args):
+        elif x.op in ("add", "sub") and _of_eye(x):
             p, q = (matmul(y, b) if left else matmul(a, y) for y in x.args)
             candidates.append(p + q if x.op == "add" else p - q)
-    return min(candidates, key=flops)
+    return min(candidates, key=products)
 
 
 def _product(a: Expr, b: Expr) -> Expr:
@@ -370,7 +394,17 @@ def _product(a: Expr, b: Expr) -> Expr:
 
 
 def _is_eye(x: Expr) -> bool:
-    return x.op == "array" and x["kind"] == "eye"
+    """Whether x is the identity: square, and not a multiple."""
+    return x.op == "array" and x.attrs == (("kind", "eye"), ("value", 1.0)) and _square(x)
+
+
+def _of_eye(x: Expr) -> bool:
+    """Whether x is a sum or difference of two matrices, one of them the identity."""
+    return any(map(_is_eye, x.args)) and all(y.shape == x.shape for y in x.args)
+
+
+def _square(x: Expr) -> bool:
+    return x.shape[0] == x.shape[1]
 
 
 def _unary(op: str) -> Callable[[Number], Expr]:

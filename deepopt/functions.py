@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import cache
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, ParamSpec, cast
 
 from deepopt.expr import (
     Expr,
     Shape,
-    array,
+    as_expr,
     equal,
     matmul,
-    mean,
     node,
     sqrt,
     sum_,
@@ -37,22 +36,6 @@ COEFFICIENTS: dict[str, tuple[float, float, float]] = {
 }
 
 
-def named(definition: Callable[Concatenate[Expr, P], Expr]) -> Callable[Concatenate[Expr, P], Expr]:
-    """Make calls of `definition` (nodes and static keywords in, a node out) single nodes."""
-    name = definition.__name__
-    FUNCTIONS[name] = definition
-
-    def call(x: Expr, /, *args: P.args, **static: P.kwargs) -> Expr:
-        nodes = [x, *(a for a in args if isinstance(a, Expr))]
-        attrs: dict[str, Hashable] = {k: v for k, v in static.items() if isinstance(v, Hashable)}
-        shapes = tuple(a.shape for a in nodes)
-        body, _ = definition_of(name, shapes, tuple(sorted(attrs.items())))
-        return node("call", nodes, body.shape, name=name, **attrs)
-
-    call.__name__, call.__qualname__, call.__doc__ = name, name, definition.__doc__
-    return call
-
-
 @cache
 def definition_of(
     name: str, shapes: tuple[Shape, ...], static: tuple[tuple[str, Hashable], ...]
@@ -60,6 +43,29 @@ def definition_of(
     """The body of a named function on symbols of these shapes, and the symbols."""
     arguments = tuple(symbol(f"argument {i}", shape) for i, shape in enumerate(shapes))
     return FUNCTIONS[name](*arguments, **dict(static)), arguments
+
+
+def named(definition: Callable[Concatenate[Expr, P], Expr]) -> Callable[Concatenate[Expr, P], Expr]:
+    """Make calls of `definition` (nodes and static keywords in, a node out) single nodes."""
+    name = definition.__name__
+    if getattr(FUNCTIONS.get(name), "__module__", None) == __name__:
+        raise ValueError(f"{name!r} is a named function of deepopt: choose another name")
+    FUNCTIONS[name] = definition
+    definition_of.cache_clear()
+
+    def call(x: Expr, /, *args: P.args, **static: P.kwargs) -> Expr:
+        nodes = [as_expr(a) for a in (x, *cast(tuple[Expr, ...], args))]
+        attrs: dict[str, Hashable] = {}
+        for key, value in static.items():
+            if isinstance(value, Expr) or not isinstance(value, Hashable):
+                raise TypeError(f"{name}({key}={value!r}): keywords are static and hashable")
+            attrs[key] = value
+        shapes = tuple(a.shape for a in nodes)
+        body, _ = definition_of(name, shapes, tuple(sorted(attrs.items())))
+        return node("call", nodes, body.shape, name=name, **attrs)
+
+    call.__name__, call.__qualname__, call.__doc__ = name, name, definition.__doc__
+    return call
 
 
 def static_of(call: Expr) -> dict[str, Hashable]:
@@ -83,6 +89,12 @@ def ratio(x: Expr, y: Expr) -> Expr:
 
 
 @named
+def mean(x: Expr) -> Expr:
+    """The mean over all axes; zero for an empty array."""
+    return sum_(x) * (1.0 / max(x.size, 1))
+
+
+@named
 def norm(x: Expr) -> Expr:
     """The Frobenius norm over all axes."""
     return sqrt(sum_(x * x))
@@ -96,7 +108,10 @@ def rms(x: Expr) -> Expr:
 
 @named
 def unit(x: Expr) -> Expr:
-    """x divided by its Frobenius norm; zero stays zero."""
+    """x divided by its Frobenius norm; zero stays zero.
+
+    Holds while squares neither under- nor overflow: sizes of 1e-19 to 1e19 in float32.
+    """
     return ratio(x, norm(x))
 
 
@@ -112,8 +127,11 @@ def newton_schulz(x: Expr, *, steps: int = 5, coefficients: str = "quintic") -> 
 
     Works on the short side, so a tall matrix is the transpose of a wide one; zero stays zero.
     "cubic" converges to the polar factor; five steps of "quintic" (Jordan's Muon) map singular
-    values from 0.01 to 1 of the largest into [0.68, 1.20] and do not converge.
+    values from 0.01 to 1 of the Frobenius norm into [0.68, 1.20] and do not converge.
+    Raises ValueError for what is not a matrix, and for unknown coefficients.
     """
+    if x.rank != 2:
+        raise ValueError(f"newton_schulz needs a matrix, got shape {x.shape}")
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"coefficients={coefficients!r}: choose one of {sorted(COEFFICIENTS)}")
     a, b, c = COEFFICIENTS[coefficients]
@@ -124,8 +142,3 @@ def newton_schulz(x: Expr, *, steps: int = 5, coefficients: str = "quintic") -> 
         polynomial = b * gram + c * matmul(gram, gram) if c else b * gram
         y = a * y + matmul(polynomial, y)
     return transpose(y) if tall else y
-
-
-def lower(n: int, strict: bool = False) -> Expr:
-    """The n × n matrix of ones on (unless `strict`) and below the diagonal."""
-    return array("strictly_lower" if strict else "lower", (n, n))

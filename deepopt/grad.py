@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from deepopt.expr import (
     Expr,
     array,
+    log,
     reshape,
     sign,
     substitute,
@@ -20,7 +21,7 @@ from deepopt.expr import (
     transpose,
     where,
 )
-from deepopt.functions import definition_of, solve, static_of
+from deepopt.functions import definition_of, ratio, solve, static_of
 
 Adjoints = Sequence[Expr | None]
 
@@ -28,7 +29,8 @@ Adjoints = Sequence[Expr | None]
 def grad(objective: Expr, wrt: Sequence[Expr]) -> list[Expr]:
     """The derivative of a size-one `objective` by each node of `wrt`, of that node's shape.
 
-    Raises ValueError where the objective has more than one entry or does not depend on a node.
+    The root of zero counts as flat. Raises ValueError where the objective has more than one entry,
+    where it does not depend on a node, and for scalars.
     """
     if objective.size != 1 or not objective.shape:
         raise ValueError(
@@ -42,7 +44,9 @@ def grad(objective: Expr, wrt: Sequence[Expr]) -> list[Expr]:
         if x in targets or (x.op != "stop_gradient" and any(a in reaches for a in x.args)):
             reaches.add(x)
     for target in wrt:
-        if target not in order:
+        if not target.shape:
+            raise ValueError(f"{target.op} {target.attrs} is a hyperparameter, not differentiated")
+        if target not in reaches or objective not in reaches:
             raise ValueError(f"the objective does not depend on {target.op} {target.attrs}")
     adjoints: dict[Expr, Expr] = {objective: array("full", objective.shape)}
     for x in reversed(order):
@@ -80,9 +84,9 @@ def _pull_back(x: Expr, d: Expr) -> Adjoints:
         case "neg":
             return (-d,)
         case "power":
-            return d * b * a ** (b - 1.0), None
+            return d * b * a ** (b - 1.0), d * x * log(a) if b.shape else None
         case "sqrt":
-            return (0.5 * d / x,)
+            return (ratio(0.5 * d, x),)
         case "rsqrt":
             return (-0.5 * d * x / a,)
         case "exp":

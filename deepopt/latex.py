@@ -1,9 +1,10 @@
-"""Formulas: the algebra of strings, in LaTeX for documents and in Unicode for a terminal."""
+"""Formulas: the algebra of texts, in LaTeX for documents and in Unicode for a terminal."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from deepopt.algebra import Algebra, Program, apply
@@ -14,29 +15,34 @@ from deepopt.rule import Rule, trace
 
 Style = Literal["latex", "plain"]
 
-# How tightly a text binds: sums, products, prefixes, powers, atoms.
-SUM, PRODUCT, PREFIX, POWER, ATOM = range(5)
+# How tightly a text binds.
+CHOICE, SUM, PRODUCT, MATRIX, PREFIX, POWER, ATOM = range(7)
+
+# Texts longer than this get a line of their own, shared ones sooner.
+LONG, SHARED = 72, 20
 
 GREEK = {
-    "lr": (r"\eta", "lr"),
-    "weight_decay": (r"\lambda", "weight_decay"),
-    "momentum": (r"\alpha", "momentum"),
-    "retention": (r"\alpha", "retention"),
-    "rate": (r"\zeta", "rate"),
-    "eps": (r"\varepsilon", "eps"),
-    "beta2": (r"\beta_2", "beta2"),
-    "betas[0]": (r"\beta_1", "beta1"),
-    "betas[1]": (r"\beta_2", "beta2"),
-    "step": ("t", "t"),
+    "weight_decay": r"\lambda",
+    "momentum": r"\alpha",
+    "retention": r"\alpha",
+    "rate": r"\eta",
+    "eps": r"\varepsilon",
+    "beta2": r"\beta_2",
+    "betas[0]": r"\beta_1",
+    "betas[1]": r"\beta_2",
+    "step": "t",
+    "direction": "d",
 }
+PLAIN = {"step": "t", "betas[0]": "beta1", "betas[1]": "beta2"}
 
 
 @dataclass(frozen=True)
 class Text:
-    """A formula and how tightly it binds."""
+    """A formula, how tightly it binds, and whether it is a scalar."""
 
     text: str
     binds: int = ATOM
+    scalar: bool = False
 
     def at(self, level: int) -> str:
         return self.text if self.binds >= level else f"({self.text})"
@@ -46,7 +52,7 @@ class Formulas(Algebra[Text]):
     """The operations of the graph as texts of one style."""
 
     def __init__(self, style: Style) -> None:
-        self.style = style
+        self.latex = style == "latex"
 
     def __getattr__(self, name: str) -> Callable[..., Text]:
         """A named function prints as a call of its own name."""
@@ -55,25 +61,28 @@ class Formulas(Algebra[Text]):
         return lambda *args, **static: self._function(name, *args)
 
     def _pick(self, latex: str, plain: str) -> str:
-        return latex if self.style == "latex" else plain
+        return latex if self.latex else plain
 
     def _function(self, name: str, *args: Text) -> Text:
         inside = ", ".join(a.text for a in args)
-        name = self._pick(rf"\operatorname{{{name}}}".replace("_", r"\_"), name)
-        return Text(f"{name}({inside})")
+        shown = r"\operatorname{" + name.replace("_", r"\_") + "}" if self.latex else name
+        return Text(f"{shown}({inside})")
+
+    def symbol(self, name: str, mark: str = "") -> Text:
+        if not self.latex:
+            return Text(PLAIN.get(name, name) + mark)
+        plain = name if len(name) == 1 else r"\mathrm{" + name.replace("_", r"\_") + "}"
+        return Text(GREEK.get(name, plain) + mark)
 
     def constant(self, value: float) -> Text:
-        return Text(f"{value:g}", ATOM if value >= 0 else PREFIX)
+        return Text(f"{value:g}", ATOM if value >= 0 else SUM)
 
     def array(self, kind: str, shape: Shape, value: float) -> Text:
-        return Text({"full": f"{value:g}", "eye": "I", "dct": "DCT"}.get(kind, kind))
-
-    def symbol(self, name: str) -> Text:
-        if name in GREEK:
-            return Text(GREEK[name][0 if self.style == "latex" else 1])
-        if self.style == "plain" or len(name) == 1:
-            return Text(name)
-        return Text(rf"\mathrm{{{name}}}".replace("_", r"\_"))
+        number = self.constant(value)
+        if kind == "full":
+            return number
+        name = Text({"eye": "I", "dct": "DCT"}.get(kind, kind))
+        return name if value == 1 else self.mul(replace(number, scalar=True), name)
 
     def add(self, a: Text, b: Text) -> Text:
         return Text(f"{a.at(SUM)} + {b.at(SUM)}", SUM)
@@ -82,25 +91,39 @@ class Formulas(Algebra[Text]):
         return Text(f"{a.at(SUM)} - {b.at(PRODUCT)}", SUM)
 
     def mul(self, a: Text, b: Text) -> Text:
-        return Text(f"{a.at(PRODUCT)}{self._pick(' ', '·')}{b.at(PRODUCT)}", PRODUCT)
+        if a.text == b.text:
+            return Text(a.at(ATOM) + self._pick("^2", "²"), POWER)
+        if a.text == "1":
+            return b
+        dot = " " if a.scalar or b.scalar else r" \odot "
+        return Text(f"{a.at(PRODUCT)}{self._pick(dot, '·')}{b.at(PRODUCT)}", PRODUCT)
 
     def div(self, a: Text, b: Text) -> Text:
-        if self.style == "latex":
+        if self.latex:
             return Text(rf"\frac{{{a.text}}}{{{b.text}}}")
         return Text(f"{a.at(PRODUCT)} / {b.at(PREFIX)}", PRODUCT)
 
+    def ratio(self, a: Text, b: Text) -> Text:
+        return self.div(a, b)
+
     def neg(self, a: Text) -> Text:
-        return Text(f"-{a.at(PRODUCT)}", PREFIX)
+        return Text(f"-{a.at(PRODUCT)}", SUM)
 
     def power(self, a: Text, b: Text) -> Text:
-        exponent = f"{{{b.text}}}" if self.style == "latex" else b.at(ATOM)
+        exponent = f"{{{b.text}}}" if self.latex else b.at(ATOM)
         return Text(f"{a.at(ATOM)}^{exponent}", POWER)
 
     def sqrt(self, a: Text) -> Text:
-        return Text(self._pick(rf"\sqrt{{{a.text}}}", f"√({a.text})"))
+        return Text(rf"\sqrt{{{a.text}}}" if self.latex else f"√{a.at(ATOM)}", PREFIX)
 
     def rsqrt(self, a: Text) -> Text:
         return self.div(Text("1"), self.sqrt(a))
+
+    def norm(self, a: Text) -> Text:
+        return Text(self._pick(rf"\lVert {a.text} \rVert", f"‖{a.text}‖"))
+
+    def absolute(self, a: Text) -> Text:
+        return Text(f"|{a.text}|")
 
     def exp(self, a: Text) -> Text:
         return self._function("exp", a)
@@ -124,31 +147,28 @@ class Formulas(Algebra[Text]):
         return self._function("min", a, b)
 
     def less(self, a: Text, b: Text) -> Text:
-        return Text(f"{a.at(SUM)} < {b.at(SUM)}", SUM)
+        return Text(f"{a.at(SUM)} < {b.at(SUM)}", CHOICE)
 
     def less_equal(self, a: Text, b: Text) -> Text:
-        return Text(f"{a.at(SUM)} {self._pick(chr(92) + 'le', '≤')} {b.at(SUM)}", SUM)
+        return Text(f"{a.at(SUM)} {self._pick(chr(92) + 'le', '≤')} {b.at(SUM)}", CHOICE)
 
     def equal(self, a: Text, b: Text) -> Text:
-        return Text(f"{a.at(SUM)} = {b.at(SUM)}", SUM)
+        return Text(f"{a.at(SUM)} = {b.at(SUM)}", CHOICE)
 
     def where(self, condition: Text, a: Text, b: Text) -> Text:
-        if self.style == "latex":
+        if self.latex:
             cases = rf"{a.text} & {condition.text} \\ {b.text} & \text{{else}}"
             return Text(rf"\begin{{cases}} {cases} \end{{cases}}")
-        return Text(f"{a.at(PRODUCT)} if {condition.text} else {b.at(PRODUCT)}", SUM - 1)
-
-    def absolute(self, a: Text) -> Text:
-        return Text(f"|{a.text}|")
+        return Text(f"{a.at(SUM)} if {condition.text} else {b.at(SUM)}", CHOICE)
 
     def matmul(self, a: Text, b: Text) -> Text:
-        return Text(f"{a.at(PRODUCT)} {b.at(PRODUCT)}", PRODUCT)
+        return Text(f"{a.at(MATRIX)} {b.at(MATRIX)}", MATRIX)
 
     def transpose(self, a: Text) -> Text:
-        return Text(f"{a.at(ATOM)}{self._pick('^{' + chr(92) + 'top}', 'ᵀ')}", POWER)
+        return Text(a.at(ATOM) + self._pick(r"^{\top}", "ᵀ"), POWER)
 
     def sum(self, a: Text, axes: tuple[int, ...]) -> Text:
-        return Text(f"{self._pick(chr(92) + 'sum', 'Σ')} {a.at(PREFIX)}", PREFIX)
+        return Text(f"{self._pick(chr(92) + 'sum', 'Σ')} {a.at(ATOM)}", PREFIX)
 
     def reshape(self, a: Text, rank: int, shape: Shape) -> Text:
         return a
@@ -157,50 +177,80 @@ class Formulas(Algebra[Text]):
         return a
 
     def solve(self, a: Text, b: Text, lower: bool, upper: bool) -> Text:
-        inverse = self._pick("^{-1}", "⁻¹")
-        return Text(f"{Text(a.text, SUM).at(ATOM)}{inverse} {b.at(PRODUCT)}", PRODUCT)
-
-    def ratio(self, a: Text, b: Text) -> Text:
-        return self.div(a, b)
-
-    def norm(self, a: Text) -> Text:
-        return Text(self._pick(rf"\lVert {a.text} \rVert", f"‖{a.text}‖"))
+        return Text(f"({a.text}){self._pick('^{-1}', '⁻¹')} {b.at(MATRIX)}", MATRIX)
 
 
-def formulas(program: Program, style: Style = "latex") -> dict[str, str]:
-    """The right-hand side of each output; in the others a new memory is its name with a prime."""
+def text_of(x: Expr, style: Style = "plain") -> str:
+    """One node as a formula."""
+    return formulas(Program({"": x}), style, split=False)[0][1]
+
+
+def formulas(
+    program: Program, style: Style = "latex", *, split: bool = True
+) -> list[tuple[str, str]]:
+    """(left, right) of each line, in an order in which names come before they are used.
+
+    A new memory is its name with a prime. With `split`, long or shared parts get lines x1, x2, ...
+    """
     algebra = Formulas(style)
-    values: dict[Expr, Text] = {}
-    lines: dict[str, str] = {}
+    uses = Counter(arg for x in program.nodes for arg in x.args)
     names = {x: name for name, x in program.outputs.items() if x.op != "input"}
+    values: dict[Expr, Text] = {}
+    lines: list[tuple[str, str]] = []
+    parts = 0
     for x in program.nodes:
         if x.op == "input":
-            values[x] = algebra.symbol(str(x["name"]))
+            values[x] = replace(algebra.symbol(str(x["name"])), scalar=not x.shape)
             continue
-        values[x] = apply(algebra, x, [values[arg] for arg in x.args])
+        text = apply(algebra, x, [values[arg] for arg in x.args])
+        shared = uses[x] > 1 and len(text.text) > SHARED and x.op != "array"
         if x in names:
-            lines[names[x]] = values[x].text
             mark = "" if names[x] in ("direction", "update") else "'"
-            values[x] = Text(algebra.symbol(names[x]).text + mark)
-    return {name: lines.get(name, values[x].text) for name, x in program.outputs.items()}
+            name = algebra.symbol(names[x], mark)
+        elif split and x.shape and (shared or len(text.text) > LONG):
+            parts += 1
+            name = Text(f"x_{parts}" if style == "latex" else f"x{parts}")
+        else:
+            values[x] = replace(text, scalar=not x.shape)
+            continue
+        values[x] = name
+        lines.append((name.text, text.text))
+    written = {left for left, _ in lines}
+    for name, x in program.outputs.items():
+        left = algebra.symbol(name, "" if name in ("direction", "update") else "'").text
+        if left not in written:
+            # An output that is an input or another output: before the update, which may use it.
+            lines.insert(-1 if name == "direction" else len(lines), (left, values[x].text))
+    return [_step_of_w(left, right, algebra) for left, right in lines]
+
+
+def _step_of_w(left: str, right: str, algebra: Formulas) -> tuple[str, str]:
+    """The line of the update as a line of w."""
+    if left != algebra.symbol("update").text:
+        return left, right
+    return "w'", f"w - {right[1:]}" if right.startswith("-") else f"w + {right}"
+
+
+def ticks(rule: Rule, shape: Shape, style: Style) -> dict[str, list[tuple[str, str]]]:
+    """The lines of an ordinary step (key ""), and for each slow clock those that replace them."""
+    ordinary = formulas(trace(rule, shape, frozenset({"every"})), style)
+    lines = {"": ordinary}
+    for clock in rule.clocks():
+        ticking = formulas(trace(rule, shape, frozenset({"every", clock})), style)
+        lines[clock] = [line for line in ticking if line not in ordinary]
+    return lines
 
 
 def latex(rule: Rule, shape: Shape = (8, 8)) -> str:
-    """The step of a rule as a LaTeX `aligned` block, all clocks ticking, from its own graph.
+    """The step of a rule as a LaTeX `aligned` block, from its own graph.
 
     Raises ValueError where the rule cannot take the shape.
     """
     rule.check(canonical(shape), "the example")
-    ticking = frozenset(rule.clocks()) | {"every"}
-    program = trace(rule, canonical(shape), ticking)
-    symbols = Formulas("latex")
-    lines: list[str] = []
-    for name, right in formulas(program).items():
-        if name == "update":
-            left, right = "w", f"w {right}" if right.startswith("-") else f"w + {right}"
-        else:
-            left = "d" if name == "direction" else symbols.symbol(name).text
-            right = right.replace(r"\mathrm{update}", "d")
-        lines.append(rf"{left} &\leftarrow {right}")
-    body = " \\\\\n".join(lines).replace(r"\mathrm{direction}", "d")
+    rows: list[str] = []
+    for clock, lines in ticks(rule, canonical(shape), "latex").items():
+        if clock:
+            rows.append(rf"&\text{{every {rule.clocks()[clock]} updates instead:}}")
+        rows += [rf"{left} &= {right}" for left, right in lines]
+    body = " \\\\\n".join(rows)
     return f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}"

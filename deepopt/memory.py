@@ -14,13 +14,29 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from deepopt.expr import Expr, Number, array, as_expr, exp, log, matmul, stop_gradient, sum_, tanh
-from deepopt.functions import lower, ratio, solve
+from deepopt.expr import (
+    Expr,
+    Number,
+    array,
+    as_expr,
+    exp,
+    log,
+    matmul,
+    maximum,
+    minimum,
+    stop_gradient,
+    sum_,
+    tanh,
+)
+from deepopt.functions import ratio, solve
 from deepopt.grad import grad
 
 M = TypeVar("M", bound="Memory")
 Solver = Literal["explicit", "prox", "sequential"]
 Product = Callable[[Expr, Expr], Expr]
+
+# Retentions below it count as it in a sequential write, which takes their logarithm.
+SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -157,6 +173,7 @@ class Level:
     solver: str
     retention: Expr
     rate: Expr
+    result: tuple[Expr, ...]
 
 
 _levels: ContextVar[list[Level] | None] = ContextVar("levels", default=None)
@@ -191,7 +208,7 @@ def write(
     solver "explicit": αp - η∇. "prox": the exact minimiser of objective + ‖p - αp_old‖²/2η, for an
         l2 objective on a Linear memory. "sequential": the rows are tokens in time, α and η are
         columns (n × 1), each token is one step, and all gradients are taken at the old memory
-        (paper §8.2, a chunk); computed without a loop over tokens.
+        (paper §8.2, a chunk); computed without a loop over tokens, for α of 1e-30 to 1.
     delta: delta gradient descent (paper Eq. 57, 88): also descend ½‖inputs @ weight‖² of every
         layer with its inputs held fixed, so that what the keys held is erased before it is written.
     normalize: divide the rate of each layer by the squared Frobenius norm of its inputs, which
@@ -199,14 +216,23 @@ def write(
         exact delta step, η_t / (1 + η_t‖x_t‖²).
     """
     retention, rate = as_expr(retention), as_expr(rate)
-    _record(objective, retention, rate, solver)
     memory = objective.memory
+    if delta and not objective.layers:
+        raise ValueError("delta=True erases along keys; a Table has none")
+    extra = {"delta": delta, "normalize": normalize, "anchor": anchor is not None}
+    takes = {"explicit": extra, "prox": {}, "sequential": {"delta", "normalize"}}
+    refused = [k for k, given in extra.items() if given and k not in takes.get(solver, extra)]
+    if refused:
+        raise ValueError(
+            f"solver={solver!r} does not take {refused}; 'explicit' takes delta, normalize and "
+            "anchor, 'sequential' the first two"
+        )
     match solver:
         case "prox":
-            return memory.rebuilt([_proximal(objective, retention, rate)])
+            new = [_proximal(objective, retention, rate)]
         case "sequential":
             paths = _paths(objective, retention, rate, delta, normalize)
-            return memory.rebuilt([path.end for path in paths.values()])
+            new = [path.end for path in paths.values()]
         case "explicit":
             loss = objective.loss
             for layer in objective.layers if delta else ():
@@ -220,12 +246,16 @@ def write(
                 retention * p if a is None else a + retention * (p - a)
                 for p, a in zip(old, anchor or [None] * len(old), strict=True)
             ]
-            return memory.rebuilt([p - step for p, step in zip(kept, steps, strict=True)])
+            new = [p - step for p, step in zip(kept, steps, strict=True)]
+        case _:  # pyright: ignore[reportUnnecessaryComparison]
+            raise ValueError(f"solver={solver!r} must be 'explicit', 'prox' or 'sequential'")
+    _record(objective, retention, rate, solver, tuple(new))
+    return memory.rebuilt(new)
 
 
-def average(name: Expr, value: Expr, retention: Number) -> Expr:
+def average(m: Expr, value: Expr, retention: Number) -> Expr:
     """The exponential moving average: a dot-product memory of `value` with rate 1 - retention."""
-    return write(dot(Table(name), value), retention=retention, rate=1.0 - as_expr(retention)).value
+    return write(dot(Table(m), value), retention=retention, rate=1.0 - as_expr(retention)).value
 
 
 def _normalized(rate: Expr, layer: Layer | None) -> Expr:
@@ -253,40 +283,43 @@ def _proximal(objective: Objective[M], retention: Expr, rate: Expr) -> Expr:
 
 @dataclass(frozen=True)
 class _Path:
-    """A weight W along a sequential write: before row t, before_t (W - Σ_{s<t} x_sᵀ steps_s)."""
+    """A weight W along a sequential write: kept_t W - Σ_{s<t} push_ts x_sᵀ u_s before row t."""
 
     inputs: Expr
-    before: Expr
-    steps: Expr
+    kept: Expr
+    push: Expr
+    errors: Expr
     end: Expr
 
 
 def _paths(
     objective: Objective[M], retention: Expr, rate: Expr, delta: bool, normalize: bool
 ) -> dict[Expr, _Path]:
-    """W_t = α_t W_{t-1} - η_t x_tᵀ(x_t W_{t-1} + δ_t) over all rows x_t at once, by weight.
+    """W_t = α_t W_{t-1} - η_t x_tᵀ u_t with u_t = x_t W_{t-1} + δ_t for all rows x_t at once.
 
-    With a_t = ∏_{s≤t} α_s and Z_t = W_t / a_t the recurrence is Z_t = Z_{t-1} - x_tᵀ e_t, where the
-    e_t solve one unit lower triangular system; without delta the term x_t W_{t-1} is absent.
+    By weight. With kept_t = ∏_{j<t} α_j and push_ts = η_s ∏_{s<j<t} α_j the u_t solve one unit
+    lower triangular system; without delta u_t = δ_t. Nothing is divided by a product of α.
     """
     n = objective.layers[0].inputs.shape[0]
     ones = array("full", (n, 1))
-    logs = log(retention * ones)
-    before = exp(lower(n, strict=True) @ logs)
-    end = exp(sum_(logs))
+    logs = log(maximum(retention * ones, SMALLEST))
+    until = array("lower", (n, n)) @ logs
+    kept, total = exp(until - logs), sum_(logs)
+    # Above the diagonal the exponent is positive and the mask is zero.
+    between = exp(minimum(until - logs - until.mT, 0.0)) * array("strictly_lower", (n, n))
     paths: dict[Expr, _Path] = {}
     for layer in objective.layers:
         x = layer.inputs
-        (error,) = grad(objective.loss, [layer.product])
+        (errors,) = grad(objective.loss, [layer.product])
         eta = rate * ones
         if normalize:
             eta = eta / (1.0 + eta * sum_(x * x, (-1,)))
-        gain = eta / (retention * ones)
-        steps = gain / before * error
+        push = between * eta.mT
         if delta:
-            overlap = array("eye", (n, n)) + gain * (lower(n, strict=True) * (x @ x.mT))
-            steps = solve(overlap, gain * layer.product + steps, lower=True)
-        paths[layer.weight] = _Path(x, before, steps, end * (layer.weight - x.mT @ steps))
+            overlap = array("eye", (n, n)) + push * (x @ x.mT)
+            errors = solve(overlap, kept * layer.product + errors, lower=True)
+        end = exp(total) * layer.weight - (exp(total - until) * eta * x).mT @ errors
+        paths[layer.weight] = _Path(x, kept, push, errors, end)
     return paths
 
 
@@ -304,22 +337,26 @@ def read_along(
     The arguments are those of the sequential `write`, and the work is shared with it.
     """
     paths = _paths(objective, as_expr(retention), as_expr(rate), delta, normalize)
-    earlier = lower(queries.shape[0], strict=True)
 
     def product(x: Expr, weight: Expr) -> Expr:
         path = paths[weight]
-        return path.before * (x @ weight - (earlier * (x @ path.inputs.mT)) @ path.steps)
+        return path.kept * (x @ weight) - (path.push * (x @ path.inputs.mT)) @ path.errors
 
     return objective.memory.read(queries, product)[0]
 
 
-def _record(objective: Objective[M], retention: Expr, rate: Expr, solver: str) -> None:
+def _record(
+    objective: Objective[M], retention: Expr, rate: Expr, solver: str, result: tuple[Expr, ...]
+) -> None:
     levels = _levels.get()
     if levels is None:
         return
-    parameters = objective.memory.parameters
-    inputs = [p.args[0] if p.op in ("transpose", "reshape") else p for p in parameters]
-    name = ", ".join(str(p["name"]) for p in inputs if p.op == "input")
+    names: list[str] = []
+    for p in objective.memory.parameters:
+        while p.op in ("transpose", "reshape"):
+            p = p.args[0]
+        names += [str(p["name"])] if p.op == "input" else []
     structure, kind = type(objective.memory).__name__, objective.kind
-    keys, values = objective.keys, objective.values
-    levels.append(Level(structure, name, keys, values, kind, solver, retention, rate))
+    pairs = objective.keys, objective.values
+    level = Level(structure, ", ".join(names), *pairs, kind, solver, retention, rate, result)
+    levels.append(level)

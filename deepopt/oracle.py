@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -76,7 +77,8 @@ class Oracle:
     >>> oracle = Oracle(SGD(lr=0.5), w)
     >>> w = oracle.step(w, [np.ones((4, 3))])
 
-    Raises ValueError where an array is not a matrix and the rule needs one.
+    Raises ValueError where an array is not a matrix and the rule needs one, and for gradients of
+    other shapes; then nothing has changed.
     """
 
     def __init__(self, rule: Rule, parameters: Sequence[Any]) -> None:
@@ -86,30 +88,36 @@ class Oracle:
         for i, parameter in enumerate(parameters):
             shape = canonical(np.shape(parameter))
             rule.check(shape, f"parameter {i}")
+            if rule.domain == "matrix" and len(shape) != 2:
+                raise ValueError(f"parameter {i} has shape {shape}; step each matrix by itself")
             self.state.append({k: s.start() for k, s in rule.all_slots(shape).items()})
 
     def step(
         self, parameters: Sequence[Any], gradients: Sequence[Any], **scalars: Any
     ) -> list[Array]:
         """The parameters after one step; `scalars` (such as lr) stand in for the rule's own."""
-        if not len(parameters) == len(gradients) == len(self.state):
+        shapes = [np.shape(w) for w in parameters], [np.shape(g) for g in gradients]
+        if shapes[0] != shapes[1] or len(parameters) != len(self.state):
             raise ValueError(
-                f"{len(parameters)} parameters and {len(gradients)} gradients for an oracle of "
-                f"{len(self.state)} parameters"
+                f"parameters of shapes {shapes[0]} and gradients of shapes {shapes[1]} for an "
+                f"oracle of {len(self.state)} parameters"
             )
-        values: Mapping[str, float] = self.rule.scalars(**scalars)
-        self.count += 1
+        rule = replace(self.rule, **scalars)
+        values: Mapping[str, float] = rule.scalars()
+        count = self.count + 1
         result: list[Array] = []
+        state: list[dict[str, Array]] = []
         for i, (w, g, s) in enumerate(zip(parameters, gradients, self.state, strict=True)):
             w = np.asarray(w, np.float64)
             shape = canonical(w.shape)
-            program = trace(self.rule, shape, self.rule.ticks(self.count, index=i))
+            program = trace(rule, shape, rule.ticks(count, index=i))
             inputs = {"w": w.reshape(shape), "g": np.asarray(g, np.float64).reshape(shape)}
-            out = fold(program, NUMPY, {**inputs, **s, **values, "step": float(self.count)})
+            out = fold(program, NUMPY, {**inputs, **s, **values, "step": float(count)})
             out.pop("direction", None)
             update = out.pop("update", None)
             result.append(w if update is None else w + update.reshape(w.shape))
-            s.update({name: np.array(value) for name, value in out.items()})
+            state.append(s | {name: np.array(value) for name, value in out.items()})
+        self.count, self.state = count, state
         return result
 
 

@@ -57,16 +57,20 @@ Betas: TypeAlias = Annotated[tuple[Number, Number], _retention]
 
 @dataclass(frozen=True)
 class Slot:
-    """One memory of a parameter: its shape, its start, and its clock (None: every step).
+    """One memory of a parameter: its shape, its start, and its clock.
 
-    `kind` and `value` are those of `expr.array`. Slots are stored in the precision of the
-    arithmetic (float32 for narrower parameters), whatever the parameter's dtype.
+    `kind` and `value` are those of `expr.array`. `clock` names the clock that its frequency is
+    counted in (None: every step). Slots are stored in the precision of the arithmetic (float32 for
+    narrower parameters), whatever the parameter's dtype. Raises ValueError for an unknown kind.
     """
 
     shape: Shape
     kind: str = "full"
     value: float = 0.0
     clock: str | None = None
+
+    def __post_init__(self) -> None:
+        array(self.kind, self.shape, self.value)
 
     def start(self) -> np.ndarray[Any, Any]:
         """The initial value in float64, the same bits for every backend."""
@@ -84,9 +88,12 @@ class Time:
 
     step: Expr
     ticking: frozenset[str]
+    clocks: frozenset[str]
 
     def when(self, clock: str, new: Expr, old: Expr) -> Expr:
-        """new on the steps on which the clock ticks, else old."""
+        """new on the steps on which the clock ticks, else old. ValueError for an unknown clock."""
+        if clock not in self.clocks:
+            raise ValueError(f"there is no clock {clock!r}; clocks() has {sorted(self.clocks)}")
         return new if clock in self.ticking else old
 
 
@@ -98,11 +105,12 @@ Update: TypeAlias = tuple[Expr, dict[str, Expr]]
 class Rule(ABC):
     """An optimizer as mathematics: subclass it, annotate hyperparameters, write `update`.
 
-    A subclass becomes a frozen dataclass. Fields annotated `Scalar`, `Rate` or `Retention` are
-    symbols inside `update`, so that a schedule never retraces; `int`, `bool` and `Literal` fields
-    are static and may branch. The library applies w ← w − lr·(direction + weight_decay·w).
+    A subclass becomes a frozen dataclass; to make one with a bad value raises ValueError. Fields
+    annotated `Scalar`, `Rate` or `Retention` are symbols inside `update`, so that a schedule never
+    retraces; `int`, `bool` and `Literal` fields are static and may branch. The library applies
+    w ← w − lr·(direction + weight_decay·w).
 
-    lr: size of a step, in AdamW's unit (about one per coordinate at a direction of RMS one).
+    lr: size of a step per unit of direction; each rule says what that is in.
     weight_decay: fraction of w removed per unit of lr and step.
     decoupled: decay w itself; False adds weight_decay·w to the gradient, as in the first Adam.
     every: steps per update; the gradients in between are summed and the rule sees the sum.
@@ -119,6 +127,8 @@ class Rule(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        # Without one of its own a dataclass would write its signature there.
+        cls.__doc__ = cls.__doc__ or f"{cls.__name__} has no description."
         dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
@@ -171,7 +181,7 @@ class Rule(ABC):
                 values.update({f"{name}[{i}]": v for i, v in enumerate(several)})
             else:
                 values[name] = value
-        return values
+        return {k: float(v) if isinstance(v, Real) else v for k, v in values.items()}
 
     def with_values(self, values: Mapping[str, Any]) -> Rule:
         """This rule with other hyperparameters; names that are not fields are ignored."""
@@ -218,6 +228,8 @@ def _validate(label: str, value: Any, hint: Any) -> None:
         wrong = "" if value in choices else "one of " + ", ".join(map(repr, choices))
     elif hint in (bool, int, str) and type(value) is not hint:
         wrong = f"of type {hint.__name__}"
+    elif hint is float or hint == Number:
+        wrong = "annotated Scalar, Rate or Retention, which a schedule can change, not float"
     if wrong:
         raise ValueError(f"{label}{value!r}) must be {wrong}")
 
@@ -275,10 +287,8 @@ def traced(rule: Rule, shape: Shape, ticking: frozenset[str]) -> tuple[Program, 
 
 def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
     w, g, step = symbol("w", shape), symbol("g", shape), symbol("step")
-    slots = rule.all_slots(shape)
-    taken = {"w", "g", "step", *(f.name for f in fields(rule))} & set(slots)
-    if taken:
-        raise ValueError(f"{type(rule).__name__}: a memory and an input are both called {taken}")
+    slots, clocks = rule.all_slots(shape), rule.clocks()
+    _check_names(rule, slots, clocks)
     s = {name: symbol(name, slot.shape) for name, slot in slots.items()}
     if rule.every > 1:
         g = s["gradient_sum"] + g
@@ -287,7 +297,13 @@ def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
         step = step / float(rule.every)
     if not rule.decoupled:
         g = g + rule.weight_decay * w
-    direction, memories = rule.update(w, g, s, Time(step, ticking))
+    result: Any = rule.update(w, g, s, Time(step, ticking, frozenset(clocks)))
+    if not _is_update(result):
+        raise TypeError(
+            f"{type(rule).__name__}.update must return (direction, {{name: memory}}) of nodes, got "
+            f"{result!r}"
+        )
+    direction, memories = cast(Update, result)
     for name, new in memories.items():
         if name not in slots or new.shape != slots[name].shape:
             declared = slots[name].shape if name in slots else "no slot"
@@ -306,3 +322,27 @@ def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
     if rule.every > 1:
         outputs["gradient_sum"] = array("full", shape, 0.0)
     return Program(outputs)
+
+
+def _is_update(x: Any) -> bool:
+    if not isinstance(x, tuple) or len(cast(tuple[Any, ...], x)) != 2:
+        return False
+    direction, memories = cast(tuple[Any, Any], x)
+    return isinstance(memories, dict) and all(
+        isinstance(y, Expr) for y in (direction, *cast(dict[str, Any], memories).values())
+    )
+
+
+def _check_names(rule: Rule, slots: Mapping[str, Slot], clocks: Mapping[str, int]) -> None:
+    """Inputs, outputs and clocks share name spaces with a rule's own names."""
+    name = type(rule).__name__
+    own = {f.name for f in fields(rule)}
+    reserved = {"w", "g", "step", "direction", "update"}
+    taken = (reserved & (own | set(slots))) | (own & set(slots))
+    if taken:
+        raise ValueError(f"{name}: {sorted(taken)} names two things; rename the memory or field")
+    if "every" in clocks or any(period < 1 for period in clocks.values()):
+        raise ValueError(f"{name}.clocks() is {clocks}: periods must be >= 1, 'every' is taken")
+    unknown = {s.clock for s in slots.values()} - {None, "every", *clocks}
+    if unknown:
+        raise ValueError(f"{name}: a slot has clock {unknown}; clocks() has {sorted(clocks)}")

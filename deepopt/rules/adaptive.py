@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deepopt.expr import Expr, sign, sqrt
+from deepopt.expr import Expr, maximum, sign, sqrt
 from deepopt.memory import average
 from deepopt.rule import Betas, Memories, Rate, Rule, Slot, Time, Update
 
@@ -11,7 +11,8 @@ class AdamW(Rule):
     """Adam with decoupled weight decay; `decoupled=False` is the first Adam.
 
     Memory: two tables without keys, of the same frequency and independent: values gradients and
-    squared gradients, dot-product objectives, written every step.
+    squared gradients, dot-product objectives, written every step (reading ours; the paper derives
+    its Adam from one diagonal least-squares memory with the gradient as key).
     lr: size of a step per coordinate. betas: retentions of the two memories per step.
     eps: added to the root of the second, in units of gradient.
     Shapes: any; the memories have the parameter's.
@@ -31,7 +32,8 @@ class AdamW(Rule):
         m = average(s["exp_avg"], g, beta1)
         v = average(s["exp_avg_sq"], g * g, beta2)
         root = sqrt(v) / sqrt(1.0 - beta2**t.step)
-        d = m / (1.0 - beta1**t.step) / (root + self.eps)
+        # The bound is below every normal number: it makes 0/0 zero where eps is zero.
+        d = m / (1.0 - beta1**t.step) / maximum(root + self.eps, 1e-38)
         return d, {"exp_avg": m, "exp_avg_sq": v}
 
 

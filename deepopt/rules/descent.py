@@ -9,7 +9,7 @@ from deepopt.rule import Memories, Rate, Rule, Time, Update
 class SGD(Rule):
     """Stochastic gradient descent.
 
-    Memory: the weights alone, a linear memory with the layer's inputs as keys, the output
+    Memory: the weights alone, a linear memory with the layer's inputs as keys, minus the output
     gradients as values and the dot-product objective; written every step.
     lr: weight per unit of gradient.
     Shapes: any.

@@ -45,8 +45,8 @@ class DeltaMomentum(Rule):
     view: what a gradient is to the memory: "matrix" (keys are its rows), "flat" (one key, the
         whole tensor: only the component along g is erased) or "scalar" (one column: all of the
         memory is damped by 1/(1 + η‖g‖²)).
-    solver: "prox", the exact minimiser, stable for any η and g (ours, by the paper's own recipe of
-        Eq. 56); "explicit", one gradient step, stable while η·σmax(g)² < 1 + α.
+    solver: "prox", the exact minimiser, stable for any η and any g whose square is finite (ours, by
+        the recipe of Eq. 56); "explicit", one gradient step, stable while η·σmax(g)² < 1 + α.
     decay: coefficient of the erasing term of the explicit step: "eta" as derived, or "literal" 1
         as Eq. 49 prints it, which diverges where σmax(g)² > 1 + α.
     normalize: use g/‖g‖ as key, which makes the rule independent of the gradient's size (ours).

@@ -66,6 +66,11 @@ class M3(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        fixed = ("accumulate", "second_moment", "nesterov", "floor", "scale")
+        changed = [k for k in fixed if getattr(self, k) != getattr(M3, k)]
+        if self.literal and changed:
+            k = changed[0]
+            raise ValueError(f"M3(literal=True, {k}={getattr(self, k)!r}): Algorithm 1 fixes {k}")
         lengths = {len(x) for x in (self.slow, self.period, self.weight) if isinstance(x, tuple)}
         if len(lengths - {1}) > 1:
             raise ValueError(

@@ -13,8 +13,9 @@ from deepopt.rule import Memories, Period, Rate, Retention, Rule, Slot, Time, Up
 class Muon(Rule):
     """Momentum, orthogonalised by Newton-Schulz.
 
-    Memory: a table without keys; values gradients, dot-product objective, written every step; the
-    read-out is itself a memory solved by inner steps on ½‖OᵀO - I‖² (paper Eq. 42-44).
+    Memory: a table without keys; values gradients, dot-product objective, written every step. The
+    read-out is itself an inner optimisation towards OᵀO = I (paper Eq. 43); "cubic" is gradient
+    descent on ½‖OᵀO - I‖² at rate ¼ (ours), "quintic" is Jordan's polynomial.
     lr: root mean square of a step is 0.2·lr per coordinate (scale "rms"), or the spectral norm of
         a step (about lr, scale "none").
     momentum: retention per step, of an average (Jordan's and torch's convention; a sum would give
