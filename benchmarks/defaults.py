@@ -129,28 +129,49 @@ def at(kind: type[Rule], lr: float, *, seeds: tuple[int, ...] = (0,), **knobs: A
 
 
 def candidates() -> list[Candidate]:
-    """All candidates, the most informative first."""
+    """All candidates; the seeds beyond the first are run first, for they decide."""
     first = [at(kind, rates[i]) for i in range(3) for kind, rates in RATES.items()]
+    repeated = {
+        (rules.DeltaMomentum, 1e-2),
+        (rules.Muon, 1e-2),
+        (rules.DeepMomentum, 2e-2),
+        (rules.AdamW, 3e-3),
+        (rules.Lion, 3e-4),
+        (rules.HeavyBall, 0.3),
+    }
+    again = [(type(c.rule), c.rule.lr) in repeated for c in first]
+    first = [replace(c, seeds=(0, 1) if r else (0,)) for c, r in zip(first, again, strict=True)]
     return [*first, *second_stage()]
 
 
 def second_stage() -> Iterator[Candidate]:
-    """Each rule's own knobs at 1e-2, where every matrix rule is inside its stable range."""
+    """Each rule's own knobs at 1e-2, a rate that every matrix rule is stable at, then the best."""
     muon, m3, delta, deep = rules.Muon, rules.M3, rules.DeltaMomentum, rules.DeepMomentum
-    yield at(muon, 1e-2, momentum=0.9)
+    both = (0, 1)
+    yield at(muon, 1e-2, seeds=both, momentum=0.9)
+    yield at(delta, 1e-2, seeds=both, rate=3.0)
+    yield at(m3, 1e-2, seeds=both, momentum=0.9)
+    yield at(m3, 1e-2, seeds=both, momentum=0.9, weight=0.0)
+    yield at(muon, 2e-2, momentum=0.9)
+    yield at(m3, 2e-2, momentum=0.9)
+    yield at(muon, 3e-3, momentum=0.9)
+    yield at(m3, 3e-3, momentum=0.9)
+    yield at(delta, 1e-2, momentum=0.8)
+    yield at(muon, 1e-2, momentum=0.8)
+    yield at(delta, 2e-2, rate=3.0)
+    yield at(m3, 2e-2, momentum=0.9, weight=0.0)
+    yield at(rules.AdamW, 3e-3, betas=(0.9, 0.95))
+    yield at(rules.Lion, 1e-4)
     yield at(m3, 1e-2, weight=0.0)
-    yield at(m3, 1e-2, momentum=0.9)
     yield at(delta, 1e-2, momentum=0.95)
     yield at(delta, 1e-2, view="flat")
     yield at(deep, 1e-2, retention=0.9)
-    yield at(m3, 1e-2, momentum=0.9, weight=0.0)
     yield at(muon, 1e-2, momentum=0.9, nesterov=False)
     yield at(muon, 1e-2, nesterov=False)
     yield at(m3, 1e-2, second_moment="none")
     yield at(m3, 1e-2, second_moment="update")
     yield at(delta, 1e-2, solver="explicit")
     yield at(delta, 1e-2, rate=0.3)
-    yield at(delta, 1e-2, rate=3.0)
     yield at(deep, 1e-2, objective="dot")
     yield at(deep, 1e-2, output="identity")
     yield at(m3, 1e-2, weight=0.3)
@@ -165,9 +186,7 @@ def second_stage() -> Iterator[Candidate]:
     yield at(deep, 1e-2, teacher_retention=0.95)
     yield at(rules.HeavyBall, 0.3, momentum=0.95)
     yield at(rules.HeavyBall, 0.3, nesterov=True)
-    yield at(rules.AdamW, 3e-3, betas=(0.9, 0.95))
     yield at(rules.AdamW, 3e-3, betas=(0.95, 0.95))
-    yield at(rules.Lion, 1e-4)
     yield at(rules.Lion, 3e-4, betas=(0.95, 0.98))
     yield at(m3, 3e-4, literal=True)
 

@@ -50,11 +50,9 @@ def transform(
         if fallback is not None:
             raise TypeError(f"{type(rule).__name__} takes every leaf, so {fallback=} has no use")
         return own
-    other, others = fallback, {}
-    if other is None:
-        shared = {k: getattr(known, k) for k in ("lr", "weight_decay", "every")}
-        other = AdamW().with_values(shared)
-        others = {k: v for k, v in later.items() if k in shared}
+    shared = ("lr", "weight_decay", "every") if fallback is None else ()
+    other = (fallback or AdamW()).with_values({k: getattr(known, k) for k in shared})
+    others = {k: v for k, v in later.items() if k in shared}
 
     return optax.partition(
         {"rule": own, "fallback": _optax(Stepper(other, others, "update", mask))},
@@ -99,10 +97,7 @@ def _optax(stepper: Stepper) -> optax.GradientTransformationExtraArgs:
 
 
 def _resolved(rule: Rule, given: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]]:
-    """The rule with the hyperparameters that are known now, and those known only at run time.
-
-    Each of the latter has one of the rule's own values in its place.
-    """
+    """The rule with what is known now (its own values elsewhere), and what is known at run time."""
     names = [f.name for f in fields(rule)]
     known: dict[str, Any] = {}
     later: dict[str, Any] = {}

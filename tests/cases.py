@@ -84,6 +84,7 @@ def _switches() -> list[Rule]:
         r.M3(second_moment="update", nesterov=False, **nested),
         r.M3(second_moment="none", scale="spectral", **nested),
         r.M3(floor=0.0, eps=1e-3, weight=0.7, weight_decay=0.1, **nested),
+        r.M3(cap=0.15, **nested),
         r.M3(literal=True, eps=1e-8, **nested),
         r.M3(lr=lr, slow=(0.9, 0.8), period=(3, 12), weight=(0.3, 0.2)),
         r.M3(lr=lr, period=3, every=2),

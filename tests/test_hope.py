@@ -427,6 +427,11 @@ def test_a_checkpoint_of_another_run_is_refused(corpus: data.Corpus, tmp_path: P
         train.train(settings, corpus, tmp_path / "elsewhere", resume=True)
 
 
+def test_a_diverged_run_stops_and_says_so(corpus: data.Corpus, tmp_path: Path) -> None:
+    with pytest.raises(ArithmeticError, match=r"the loss is nan at step \d+: try a smaller --lr"):
+        train.train(replace(SETTINGS, lr=1e38), corpus, tmp_path)
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
@@ -463,6 +468,7 @@ def test_ctrl_c_says_how_to_go_on(
         (["--data", "{empty}"], "holds no text"),
         (["--data", "{short}"], "is too small"),
         (["--steps", "0"], "--steps 0: at least 1"),
+        (["--threads", "0"], "--threads 0: at least 1"),
         (["--lr", "-1"], "--lr -1.0: a learning rate is positive"),
     ],
 )

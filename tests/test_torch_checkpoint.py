@@ -372,3 +372,11 @@ def test_objects_of_a_bound_class_pickle_under_any_name():
     other = pickle.loads(pickle.dumps(optimizer))
     assert type(other) is Renamed
     assert type(copy.deepcopy(optimizer)) is Renamed
+
+
+class Subclass(torch_backend.SGD):
+    """Of a bound class; pickled as any class is."""
+
+
+def test_objects_of_a_subclass_pickle_as_such():
+    assert type(pickle.loads(pickle.dumps(Subclass(parameters((3, 3)))))) is Subclass

@@ -102,10 +102,10 @@ def test_bare_tensors_are_told_apart_by_shape_alone():
 
 def test_a_group_with_its_own_rule_takes_embeddings():
     model = GPT(width=16, layers=1, heads=2)
-    groups = [{"params": [("tokens.weight", model.tokens.weight)], "rule": rules.Muon()}]
+    groups = [{"params": [("wte.weight", model.tokens.weight)], "rule": rules.Muon()}]
     groups += [{"params": [("wpe.weight", model.positions.weight)]}]
     routes = table(Optimizer(groups, rules.M3()))
-    assert routes["tokens.weight"][0] == "Muon" and routes["wpe.weight"][0] == "AdamW"
+    assert routes["wte.weight"][0] == "Muon" and routes["wpe.weight"][0] == "AdamW"
 
 
 def test_modules_are_welcome_as_groups():
@@ -122,6 +122,8 @@ def test_fallback_shares_lr_decay_and_clock_unless_it_is_given():
     one, two = optimizer.param_groups
     assert [one[k] for k in ("lr", "weight_decay", "every")] == [0.3, 0.2, 2]
     assert [two[k] for k in ("lr", "weight_decay", "every")] == [0.3, 0.2, 2]
+    groups = [{"params": params, "lr": 0.7}]
+    assert [g["lr"] for g in torch_backend.Muon(groups, lr=0.3).param_groups] == [0.7, 0.7]
     optimizer = torch_backend.Muon(params, lr=torch.tensor(0.3), fallback=rules.Lion(lr=0.5))
     assert optimizer.param_groups[1]["rule"] == "Lion" and optimizer.param_groups[1]["lr"] == 0.5
 

@@ -241,7 +241,7 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
     >>> write_once = lift(lambda m, k, v: write(l2(Linear(m), v, k), rate=0.5).weight)
     >>> new = write_once(memory, keys, values)
     """
-    traces: dict[Any, Compiled] = {}
+    traces: dict[Any, tuple[Compiled, bool]] = {}
 
     @wraps(function)
     def run(*args: Tensor | float, **static: Any) -> Any:
@@ -253,12 +253,12 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
         if key not in traces:
             symbols = [symbol(f"argument {i}", shape) for i, shape in enumerate(shapes)]
             result = function(*symbols, **static)
-            several: tuple[Expr, ...] = result if isinstance(result, tuple) else (result,)
-            outputs = {str(i): x for i, x in enumerate(several)}
-            if not isinstance(result, tuple):
-                outputs = {"": result}
-            traces[key] = Compiled(Program(outputs), Torch(tensors[0].dtype, tensors[0].device))
-        out = traces[key]({f"argument {i}": a for i, a in enumerate(args)})
-        return out[""] if "" in out else tuple(out.values())
+            several = isinstance(result, tuple)
+            program = Program({str(i): x for i, x in enumerate(result if several else (result,))})
+            algebra = Torch(tensors[0].dtype, tensors[0].device)
+            traces[key] = Compiled(program, algebra), several
+        compiled, several = traces[key]
+        out = tuple(compiled({f"argument {i}": a for i, a in enumerate(args)}).values())
+        return out if several else out[0]
 
     return run

@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeA
 import torch
 from torch import Tensor, nn
 
+from deepopt.algebra import Program
 from deepopt.oracle import canonical
 from deepopt.rule import Rule, Slot, hints, scalar_names, trace
 from deepopt.rules import AdamW
@@ -32,8 +33,7 @@ BATCH = {"cpu": 1 << 18}
 BATCH_ELSEWHERE = 1 << 24
 # Keys of a group that belong to the binding, and those that schedulers and trainers leave there.
 OWN = {"params", "param_names", "rule", "seen_as", "maximize"}
-FOREIGN = {"initial_lr", "base_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
-FOREIGN |= {"name", "group_name"}
+FOREIGN = {*"initial_lr base_lr max_lr min_lr base_momentum max_momentum swa_lr name".split()}
 # Keys of torch's optimizers: how they compute, and what must have this value to mean nothing here.
 TORCH = {"foreach", "fused", "capturable", "differentiable"}
 NEUTRAL = {"amsgrad": False, "centered": False, "dampening": 0, "momentum": 0, "nesterov": False}
@@ -140,11 +140,8 @@ class Optimizer(torch.optim.Optimizer):
         seen_as = param_group.get("seen_as")
         if seen_as is not None:
             check_view(seen_as)
-        options = {
-            "chosen": chosen is not None,
-            "strict": self._strict,
-            "certain": self._fallback is not None,
-        }
+        certain = self._fallback is not None
+        options = {"chosen": chosen is not None, "strict": self._strict, "certain": certain}
         parts: dict[tuple[bool, str], list[tuple[Named, str]]] = {}
         for x in known:
             asked = seen_as or next((v for k, v in self._views.items() if fnmatch(x.name, k)), "")
@@ -212,9 +209,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            batches = [
-                x for i, group in enumerate(self.param_groups) for x in self._batches(i, group)
-            ]
+            batches = [x for i in range(len(self.param_groups)) for x in self._batches(i)]
             if self.on_nonfinite == "propagate" or self._finite():
                 for batch in batches:
                     self._run(batch)
@@ -239,10 +234,12 @@ class Optimizer(torch.optim.Optimizer):
         names = self.param_groups[group].get("param_names")
         return names[position] if names else f"parameter {position} of group {group}"
 
-    def _batches(self, i: int, group: dict[str, Any]) -> list[Batch]:
+    def _batches(self, i: int) -> list[Batch]:
         """What to run for a group; changes nothing."""
-        values = {k: _host(group[k], k) for k in hints(self._rules[group["rule"]])}
-        rule = _instance(self._rules[group["rule"]], values)
+        group = self.param_groups[i]
+        cls = self._rules[group["rule"]]
+        values = {k: _host(group[k], k) for k in hints(cls)}
+        rule = _instance(cls, values)
         view, maximize = group["seen_as"], group["maximize"]
         scalars = rule.scalars(**values)
         seen_by_shape: dict[torch.Size, Seen] = {}
@@ -264,14 +261,8 @@ class Optimizer(torch.optim.Optimizer):
             moment = (step, position if rule.stagger else 0)
             if moment not in ticking:
                 ticking[moment] = rule.ticks(step, index=moment[1])
-            key = (
-                seen,
-                p.dtype,
-                p.device,
-                step,
-                ticking[moment],
-                position if not seen.count else -1,
-            )
+            alone = -1 if seen.count else position
+            key = (seen, p.dtype, p.device, step, ticking[moment], alone)
             members.setdefault(key, []).append(p)
         prepared: dict[tuple[Any, ...], tuple[Compiled, list[Any]]] = {}
         batches: list[Batch] = []
@@ -293,28 +284,24 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             self._remember(p, seen)
             self.state[p]["step"] += 1
-        if not seen.size:
-            return
         states = [self.state[p] for p in params]
-        gradients = [seen.batch(cast(Tensor, p.grad).to(dtype), seen.shape) for p in params]
+        gradients = [cast(Tensor, p.grad).to(dtype) for p in params]
         inputs = {
-            "w": _stack([seen.batch(p.to(dtype), seen.shape) for p in params]),
-            "g": _stack([-g for g in gradients] if maximize else gradients),
+            "w": seen.gather([p.to(dtype) for p in params], seen.shape),
+            "g": seen.gather([-g for g in gradients] if maximize else gradients, seen.shape),
         }
         for name in run.program.inputs:
             if name in seen.memories:
                 shape = seen.memories[name][0].shape
-                inputs[name] = _stack([seen.batch(s[name].to(dtype), shape) for s in states])
+                inputs[name] = seen.gather([s[name].to(dtype) for s in states], shape)
         out = run(inputs, scalars)
         del inputs, gradients
-        out.pop("direction", None)
         update = out.pop("update", None)
         for j, p in enumerate(params):
             if update is not None:
-                step = (
-                    seen.part(update, seen.shape, j).expand(seen.stack(seen.shape)).reshape(p.shape)
-                )
-                p.add_(step) if p.dtype == dtype else p.copy_(p.to(dtype) + step)
+                step = seen.part(update, seen.shape, j)
+                step = step.expand(seen.stack(seen.shape)).reshape(p.shape)
+                p.add_(step)  # In the wider dtype of the two, then rounded once.
             for name, value in out.items():
                 stored, slot = states[j][name], seen.memories[name][0]
                 value = seen.part(torch.as_tensor(value), slot.shape, j)
@@ -352,13 +339,10 @@ class Optimizer(torch.optim.Optimizer):
             foreign = {k: v for k, v in given["state"].items() if k not in keys}
             return {**given, "param_groups": groups, "state": foreign}
 
-        def restore(_: Any) -> None:
-            self.state.update(loaded)
-
         # torch would cast every tensor to its parameter's dtype; nothing of ours passes through it.
         hooks = [
             self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
+            self.register_load_state_dict_post_hook(lambda _: self.state.update(loaded), True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -388,7 +372,6 @@ class Optimizer(torch.optim.Optimizer):
                         f"group {i} of the checkpoint was {verb} {group[key]!r}; in this "
                         f"optimizer it is {verb} {mine[key]!r}"
                     )
-            _made(cls, {k: group[k] for k in hints(cls)})
             groups.append(group)
         return groups
 
@@ -404,9 +387,8 @@ class Optimizer(torch.optim.Optimizer):
                 state = {k: v for k, v in saved.get(key, {}).items() if v is not None}
                 if not state:
                     continue
-                shapes = {
-                    k: v[1] for k, v in _seen(rule, p.shape, mine["seen_as"]).memories.items()
-                }
+                memories = _seen(rule, p.shape, mine["seen_as"]).memories
+                shapes = {name: stored for name, (_, stored) in memories.items()}
                 what, names = self._name(i, j), set(state) - {"step"}
                 if names != set(shapes):
                     raise ValueError(
@@ -431,7 +413,8 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, parameter in _parameters(self._rules[group["rule"]]).items():
+            hyper = inspect.signature(self._rules[group["rule"]]).parameters
+            for name, parameter in hyper.items():
                 group.setdefault(name, parameter.default)
 
 
@@ -465,8 +448,10 @@ class Seen:
         """The shape of a parameter's memories of this shape each."""
         return (self.count, *shape) if self.count else shape
 
-    def batch(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return tensor.reshape(self.stack(shape))
+    def gather(self, tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
+        """What several parameters have of this shape each, along a first axis."""
+        parts = [x.reshape(self.stack(shape)) for x in tensors]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def part(self, value: Tensor, shape: tuple[int, ...], j: int) -> Tensor:
         """The j-th parameter's part of a result; without a batch axis it is shared by all."""
@@ -499,11 +484,12 @@ def _compiled(
     stacked: bool,
 ) -> Compiled:
     """The program of a step; it may overwrite what it is to write, and stacks, which are copies."""
-    program = trace(rule, shape, ticking)
+    outputs = dict(trace(rule, shape, ticking).outputs)
+    outputs.pop("direction", None)
     # A memory that this step only reads must survive it.
-    written = [k for k in rule.all_slots(shape) if k in program.outputs]
+    written = [k for k in rule.all_slots(shape) if k in outputs]
     donate = ["w", "g", *written] if stacked else written
-    return Compiled(program, Torch(_arithmetic(dtype), device), donate)
+    return Compiled(Program(outputs), Torch(_arithmetic(dtype), device), donate)
 
 
 _instances: dict[tuple[Any, ...], Rule] = {}
@@ -511,14 +497,8 @@ _instances: dict[tuple[Any, ...], Rule] = {}
 
 def _instance(cls: type[Rule], values: Mapping[str, Any]) -> Rule:
     """A rule with these static values; its scalars are those of the first call."""
-    scalars = scalar_names(cls)
-    key = (
-        cls,
-        *(
-            (len(v) if isinstance(v, tuple) else None) if name in scalars else v
-            for name, v in values.items()
-        ),
-    )
+    scalars = {k: len(v) if isinstance(v, tuple) else None for k, v in values.items()}
+    key = (cls, *({**values, **{k: scalars[k] for k in scalar_names(cls)}}.values()))
     if key not in _instances:
         _instances[key] = cls(**values)
     return _instances[key]
@@ -527,10 +507,6 @@ def _instance(cls: type[Rule], values: Mapping[str, Any]) -> Rule:
 def _arithmetic(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a step's arithmetic and state for parameters of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
 
 def _host(value: Any, name: str) -> Any:
@@ -549,11 +525,6 @@ def _host(value: Any, name: str) -> Any:
 def _values(rule: Rule) -> dict[str, Any]:
     """The hyperparameters of a rule as plain values."""
     return {k: _host(getattr(rule, k), k) for k in hints(type(rule))}
-
-
-def _parameters(cls: type[Rule]) -> dict[str, inspect.Parameter]:
-    """The hyperparameters of a rule as parameters of its constructor."""
-    return dict(inspect.signature(cls).parameters)
 
 
 def _checked_rule(name: str, value: Any) -> Rule:
@@ -604,16 +575,7 @@ class Binding(Protocol, Generic[P]):
     def __call__(self, params: Parameters, *args: P.args, **kwargs: P.kwargs) -> Optimizer: ...
     @overload
     def __call__(
-        self,
-        params: Parameters,
-        lr: float | Tensor = ...,
-        *,
-        fallback: Rule | None = ...,
-        views: Mapping[str, str] | None = ...,
-        strict: bool = ...,
-        maximize: bool = ...,
-        on_nonfinite: OnNonfinite = ...,
-        **hyperparameters: Any,
+        self, params: Parameters, lr: float | Tensor = ..., **options: Any
     ) -> Optimizer: ...
 
 
@@ -645,7 +607,7 @@ def bind(rule: Callable[P, Rule], module: str | None = None) -> Binding[P]:
             return object.__reduce_ex__(self, protocol)
         return _unpickled, (cls, bound.__module__), self.__getstate__()
 
-    hyper = _parameters(cls)
+    hyper = dict(inspect.signature(cls).parameters)
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     first = [inspect.Parameter("self", positional), inspect.Parameter("params", positional)]
     lr = hyper.pop("lr").replace(kind=positional)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, TypeVar, cast
 
-from deepopt.expr import Expr, Number
+from deepopt.expr import Expr, Number, maximum, minimum
 from deepopt.functions import newton_schulz
 from deepopt.memory import Table, average, dot, write
 from deepopt.readout import Coefficients, Scale, over_root, scaled
@@ -37,6 +37,8 @@ class M3(Rule):
     period: steps between ticks of a slow level. weight: its weight beside the fast read-out, 1.
         slow, period and weight take one value, or a tuple with one per slow level.
     beta2: retention of the second moment per step. floor: least denominator, as a share of its RMS.
+    cap: largest entry of a direction at scale "rms": where the gradient is exactly zero the
+        orthogonalised read-out can spike, and its own second moment does not damp it.
     eps: added to the denominator, in units of gradient. nesterov: read the fast memory ahead.
     accumulate: "ema", or undecayed "sum"s as printed. second_moment: of the "gradient", of the
         orthogonalised "update" (as AdaMuon), or "none".
@@ -44,7 +46,7 @@ class M3(Rule):
     Shapes: parameter and memories r × c. Raises ValueError where the parameter is not a matrix.
     literal: Algorithm 1 as printed but for its misprints (sums, raw second moment, unscaled): its
         step is 1/c for a loss times c, and shrinks as 1/√t.
-    Source: paper Algorithm 1, Eq. 75. Averages, bias correction, floor, Nesterov, scale are ours.
+    Source: paper Algorithm 1, Eq. 75. Averages, bias correction, floor, Nesterov, scale, cap are ours.
     """
 
     lr: Rate = 1e-2
@@ -54,6 +56,7 @@ class M3(Rule):
     weight: Scalars = 0.1
     beta2: Retention = 0.95
     floor: Rate = 0.1
+    cap: Rate = 10.0
     eps: Rate = 0.0
     nesterov: bool = True
     accumulate: Literal["ema", "sum"] = "ema"
@@ -66,7 +69,7 @@ class M3(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fixed = ("accumulate", "second_moment", "nesterov", "floor", "scale")
+        fixed = ("accumulate", "second_moment", "nesterov", "floor", "cap", "scale")
         changed = [k for k in fixed if getattr(self, k) != getattr(M3, k)]
         if self.literal and changed:
             k = changed[0]
@@ -124,8 +127,10 @@ class M3(Rule):
             v = v / (1.0 - self.beta2**t.step)
         if self.literal:
             return over_root(u, v, 0.0, self.eps), memories
-        d = over_root(u, v, self.floor, self.eps)
-        return scaled(d, self.scale, orthogonal=False), memories
+        d = scaled(over_root(u, v, self.floor, self.eps), self.scale, orthogonal=False)
+        if self.scale == "rms":
+            d = maximum(minimum(d, self.cap), 0.0 - self.cap)
+        return d, memories
 
     def _orthogonal(self, x: Expr) -> Expr:
         return newton_schulz(x, steps=self.steps, coefficients=self.coefficients)

@@ -51,7 +51,7 @@ def _write(
 ) -> tuple[Expr, ...]:
     """The memory after a step of delta gradient descent per token, gradients at the chunk's start.
 
-    With queries, also its answer to each of their rows just before the token of that row is written.
+    With queries, also its answer to each row of them just before the token of that row is written.
     """
     objective = l2(MLP(first, second), values, keys)
     new = write(
@@ -125,8 +125,8 @@ class ShortConvolution(nn.Module):
 class SelfModifyingTitans(nn.Module):
     """Memories that generate their own keys, values, learning rates and retentions.
 
-    Everything that enters a memory lies on the unit sphere, values included; together with the rates
-    of exact delta steps this bounds every write (ours).
+    Everything that enters a memory lies on the unit sphere, values included; together with the
+    rates of exact delta steps this bounds every write (ours).
     """
 
     def __init__(self, config: Config) -> None:

@@ -43,7 +43,7 @@ class Settings:
     batch: int = 8
     length: int = 128
     evaluations: int = 5
-    windows: int = 32  # validation batches; before the end, every fourth of them
+    windows: int = 32  # validation batches
     clip: float = 1.0
     seed: int = 0
 
@@ -51,13 +51,13 @@ class Settings:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
     try:
         settings = settings_of(args)
+        torch.set_num_threads(args.threads)
         corpus = data.load(args.data, settings.length)
         out = args.out or Path("runs/hope") / f"{settings.model.variant}-{settings.optimizer}"
         result = train(settings, corpus, out, resume=args.resume)
-    except (OSError, ValueError, ArithmeticError) as error:
+    except (OSError, ValueError, ArithmeticError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if result is None:
@@ -74,9 +74,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--optimizer", choices=sorted(LEARNING_RATES), default="m3")
     p.add_argument("--lr", type=float, help=f"default: {LEARNING_RATES}")
     p.add_argument("--steps", type=int, help=f"default: {Settings.steps}; with --quick, 40")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of weights, batches and the sample")
     p.add_argument("--variant", choices=("titans", "attention"), default="titans")
-    p.add_argument("--threads", type=int, default=1, help="default: 1, small products gain little")
+    p.add_argument("--threads", type=int, default=1, help="default: 1; the products are small")
     p.add_argument("--out", type=Path, help="folder (default: runs/hope/VARIANT-OPTIMIZER)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--quick", action="store_true", help="a tiny model, to see that all works")
@@ -91,6 +91,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise ValueError(f"--lr {args.lr}: a learning rate is positive, such as 1e-2")
     if args.steps is not None and args.steps < 1:
         raise ValueError(f"--steps {args.steps}: at least 1")
+    if args.threads < 1:
+        raise ValueError(f"--threads {args.threads}: at least 1")
     common = {"optimizer": args.optimizer, "seed": args.seed, "lr": LEARNING_RATES[args.optimizer]}
     model = Config(**{**asdict(size), "variant": args.variant})
     return Settings(model=model, **{**common, **quick, **given})
@@ -136,7 +138,7 @@ def train(
             step += 1
             row = {"step": step, "train": bits(loss), "lr": rate, "gradient": norm.item()}
             if step % every == 0 and step < settings.steps:
-                row["valid"] = evaluate(model, held_out[::4])
+                row["valid"] = evaluate(model, held_out)
                 row["inner_gradient"] = inner_gradient(model, crops)
                 progress.write(
                     f"step {step}: held out {row['valid']:.3f} bits/byte, largest inner gradient "
@@ -157,7 +159,6 @@ def train(
     }
     if start < step:
         log.write({"step": step, "valid": result["hope"], "ngram": result["ngram"]})
-    report.plot(log_path, png_path, {"order-2 n-gram": result["ngram"]})
     sample = generate(model, PROMPT, 200, settings.length, settings.seed)
     print(
         f"\nheld-out bits per byte, the same {held_out.shape[0] * settings.batch} windows for both"
@@ -165,6 +166,7 @@ def train(
     print(f"  Hope                        {result['hope']:.3f}")
     print(f"  Witten-Bell n-gram, order 2 {result['ngram']:.3f}")
     print(f"\na sample after {PROMPT.decode()!r}:\n{indented(sample)}\n")
+    report.plot(log_path, png_path, {"order-2 n-gram": result["ngram"]})
     print(f"loss curve  {png_path}\nlog         {log_path}\ncheckpoint  {checkpoint}")
     return result
 
