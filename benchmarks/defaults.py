@@ -189,6 +189,7 @@ def second_stage() -> Iterator[Candidate]:
     yield at(rules.AdamW, 3e-3, betas=(0.95, 0.95))
     yield at(rules.Lion, 3e-4, betas=(0.95, 0.98))
     yield at(m3, 3e-4, literal=True)
+    yield at(m3, 3e-5, literal=True)
 
 
 class Block(nn.Module):

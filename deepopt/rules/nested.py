@@ -46,7 +46,8 @@ class M3(Rule):
     Shapes: parameter and memories r × c. Raises ValueError where the parameter is not a matrix.
     literal: Algorithm 1 as printed but for its misprints (sums, raw second moment, unscaled): its
         step is 1/c for a loss times c, and shrinks as 1/√t.
-    Source: paper Algorithm 1, Eq. 75. Averages, bias correction, floor, Nesterov, scale, cap are ours.
+    Source: paper Algorithm 1, Eq. 75. Averages, bias correction, floor, cap, Nesterov and scale are
+    ours.
     """
 
     lr: Rate = 1e-2
