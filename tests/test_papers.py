@@ -688,6 +688,46 @@ def test_m3_literal_slows_as_the_root_of_time():
     close((path[98] - path[99]) / (path[398] - path[399]), 2, atol=1e-9)
 
 
+def test_m3_caps_single_entries():
+    """A zero in an otherwise rank-one gradient spikes, and is cut last of all."""
+    g = np.outer(draw(6), draw(8, seed=1))
+    g[2, 3] = 0
+
+    def direction(gradients, **arguments):
+        path = m3(np.zeros_like(gradients[0]), gradients, lr=1.0, **arguments)[0]
+        return -np.diff([0 * path[0], *path], axis=0)
+
+    free = direction([g], cap=np.inf)[0]
+    size = np.abs(free)
+    cap = np.sort(size, axis=None)[-2:].mean()
+    assert size.argmax() == np.ravel_multi_index((2, 3), g.shape) and size.max() > 1.2 * cap
+    cut = direction([g], cap=cap)[0]
+    assert cut[2, 3] == np.sign(free[2, 3]) * cap
+    assert np.array_equal(np.delete(cut, 2 * 8 + 3), np.delete(free, 2 * 8 + 3))
+    assert np.array_equal(direction([g], cap=1.01 * size.max())[0], free)  # not reached
+    assert np.array_equal(direction([g])[0], free)
+    # the memories stay as they are; both second moments and both signs are cut
+    many = draw(10, 6, 8, seed=2)
+    for second_moment in ("gradient", "update"):
+        free = direction(many, second_moment=second_moment, cap=np.inf)
+        assert free.max() > 0.3 and free.min() < -0.3
+        close(direction(many, second_moment=second_moment, cap=0.3), np.clip(free, -0.3, 0.3))
+    for off in (
+        {"second_moment": "none"},
+        {"literal": True},
+        {"scale": "none"},
+        {"scale": "spectral"},
+    ):
+        free = direction(many, cap=np.inf, **off)
+        assert np.abs(free).max() > 0.3 and np.array_equal(direction(many, cap=0.3, **off), free)
+    # a spike alone among r * c entries has the size 0.2 sqrt(r c) = 12.8, above the default
+    g = np.outer(draw(64), draw(64, seed=1))
+    g[2, 3] = 0
+    spike = {"floor": 0.0, "eps": 1e-12}
+    assert np.abs(direction([g], cap=np.inf, **spike)[0, 2, 3]) > 12.7
+    assert np.abs(direction([g], **spike)[0, 2, 3]) == 10
+
+
 @pytest.mark.parametrize("accumulate", ["sum", "ema"])
 def test_m3_step_from_its_memories(accumulate):
     """Two levels with staggered clocks: the step reads the memories of the step before."""
