@@ -152,8 +152,8 @@ def second_stage() -> Iterator[Candidate]:
     yield at(delta, 1e-2, seeds=both, rate=3.0)
     yield at(m3, 1e-2, seeds=both, momentum=0.9)
     yield at(m3, 1e-2, seeds=both, momentum=0.9, weight=0.0)
-    yield at(muon, 2e-2, momentum=0.9)
-    yield at(m3, 2e-2, momentum=0.9)
+    yield at(muon, 2e-2, seeds=both, momentum=0.9)
+    yield at(m3, 2e-2, seeds=both, momentum=0.9)
     yield at(muon, 3e-3, momentum=0.9)
     yield at(m3, 3e-3, momentum=0.9)
     yield at(delta, 1e-2, momentum=0.8)
@@ -190,6 +190,7 @@ def second_stage() -> Iterator[Candidate]:
     yield at(rules.Lion, 3e-4, betas=(0.95, 0.98))
     yield at(m3, 3e-4, literal=True)
     yield at(m3, 3e-5, literal=True)
+    yield at(m3, 1e-5, literal=True)
 
 
 class Block(nn.Module):

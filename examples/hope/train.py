@@ -25,7 +25,7 @@ from examples.hope import data, ngram, report
 from examples.hope.model import Config, Hope
 from torch_backend import Optimizer
 
-LEARNING_RATES = {"m3": 2e-2, "muon": 2e-2, "adamw": 3e-3}
+LEARNING_RATES = {"m3": 2e-2, "muon": 2e-2, "adamw": 1e-2}
 REST = 3e-3  # learning rate of embedding, head, vectors and memories beside a matrix rule
 PROMPT = b"\nimport "
 MODEL = Config()
@@ -43,7 +43,7 @@ class Settings:
     batch: int = 8
     length: int = 128
     evaluations: int = 5
-    windows: int = 32  # validation batches
+    windows: int = 32  # validation batches; before the end, every fourth of them
     clip: float = 1.0
     seed: int = 0
 
@@ -138,7 +138,7 @@ def train(
             step += 1
             row = {"step": step, "train": bits(loss), "lr": rate, "gradient": norm.item()}
             if step % every == 0 and step < settings.steps:
-                row["valid"] = evaluate(model, held_out)
+                row["valid"] = evaluate(model, held_out[::4])
                 row["inner_gradient"] = inner_gradient(model, crops)
                 progress.write(
                     f"step {step}: held out {row['valid']:.3f} bits/byte, largest inner gradient "
