@@ -13,6 +13,7 @@ from deepopt.memory import Table as Table
 from deepopt.memory import average as average
 from deepopt.memory import dot as dot
 from deepopt.memory import l2 as l2
+from deepopt.memory import read_along as read_along
 from deepopt.memory import write as write
 from deepopt.oracle import Oracle as Oracle
 from deepopt.rule import Betas as Betas

@@ -102,7 +102,17 @@ Update: TypeAlias = tuple[Expr, dict[str, Expr]]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-class Rule(ABC):
+class _Frozen:
+    """Makes every subclass a frozen dataclass of its annotated fields."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Without one of its own a dataclass would write its signature there.
+        cls.__doc__ = cls.__doc__ or f"{cls.__name__} has no description."
+        dataclass(frozen=True, kw_only=True)(cls)
+
+
+class Rule(_Frozen, ABC):
     """An optimizer as mathematics: subclass it, annotate hyperparameters, write `update`.
 
     A subclass becomes a frozen dataclass; to make one with a bad value raises ValueError. Fields
@@ -123,13 +133,6 @@ class Rule(ABC):
     every: Period = 1
     stagger: bool = False
     domain: ClassVar[Literal["any", "matrix"]] = "any"
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        # Without one of its own a dataclass would write its signature there.
-        cls.__doc__ = cls.__doc__ or f"{cls.__name__} has no description."
-        dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         for name, hint in hints(type(self)).items():
@@ -187,9 +190,6 @@ class Rule(ABC):
         """This rule with other hyperparameters; names that are not fields are ignored."""
         known = {f.name for f in fields(self)}
         return replace(self, **{k: v for k, v in values.items() if k in known})
-
-
-dataclass(frozen=True, kw_only=True)(Rule)
 
 
 @cache

@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help=f"default: {Settings.steps}; with --quick, 40")
     p.add_argument("--seed", type=int, default=0, help="of weights, batches and the sample")
     p.add_argument("--variant", choices=("titans", "attention"), default="titans")
-    p.add_argument("--threads", type=int, default=1, help="default: 1; the products are small")
+    p.add_argument("--threads", type=int, default=1, help="default: 1; more only on idle cores")
     p.add_argument("--out", type=Path, help="folder (default: runs/hope/VARIANT-OPTIMIZER)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     p.add_argument("--quick", action="store_true", help="a tiny model, to see that all works")
