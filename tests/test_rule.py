@@ -62,14 +62,11 @@ def test_a_change_of_a_scalar_never_retraces(default):
     assert trace(changed, (4, 4), frozenset({"every"})) is first
 
 
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
 @pytest.mark.parametrize("default", DEFAULTS, ids=lambda r: type(r).__name__)
-@pytest.mark.parametrize("eps", [None, 0.0])
 def test_zero_gradients_move_nothing(default, eps):
-    if eps is not None and not hasattr(default, "eps"):
-        pytest.skip("no eps")
-    given = {"weight_decay": 0.0} | ({} if eps is None else {"eps": eps})
     w = [np.ones((4, 3))]
-    oracle = Oracle(default.with_values(given), w)
+    oracle = Oracle(default.with_values({"weight_decay": 0.0, "eps": eps}), w)
     for _ in range(20):
         (now,) = oracle.step(w, [np.zeros((4, 3))])
         np.testing.assert_array_equal(now, w[0])

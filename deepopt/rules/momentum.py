@@ -58,7 +58,7 @@ class DeltaMomentum(Rule):
     Source: paper Eq. 48-49; errors of the print and stable forms in docs/notation.md.
     """
 
-    lr: Rate = 3e-3
+    lr: Rate = 1e-2
     momentum: Retention = 0.9
     rate: Rate = 1.0
     view: Literal["matrix", "flat", "scalar"] = "matrix"
@@ -112,7 +112,7 @@ class DeepMomentum(Rule):
     the paper leaves them open and warns that they matter.
     """
 
-    lr: Rate = 3e-3
+    lr: Rate = 1e-2
     retention: Retention = 0.99
     rate: Rate = 1.0
     objective: Literal["l2", "dot"] = "l2"

@@ -51,7 +51,7 @@ class M3(Rule):
     """
 
     lr: Rate = 1e-2
-    momentum: Retention = 0.95
+    momentum: Retention = 0.9
     slow: Retentions = 0.9
     period: Periods = 16
     weight: Scalars = 0.1

@@ -25,7 +25,7 @@ class Muon(Rule):
     """
 
     lr: Rate = 1e-2
-    momentum: Retention = 0.95
+    momentum: Retention = 0.9
     nesterov: bool = True
     coefficients: Coefficients = "quintic"
     steps: Period = 5
