@@ -10,7 +10,7 @@ import numpy as np
 
 from deepopt.algebra import Arrays, constant_array, fold
 from deepopt.expr import Shape
-from deepopt.rule import Rule, trace
+from deepopt.rule import Rule, check_hyperparameters, trace
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -102,6 +102,7 @@ class Oracle:
                 f"parameters of shapes {shapes[0]} and gradients of shapes {shapes[1]} for an "
                 f"oracle of {len(self.state)} parameters"
             )
+        check_hyperparameters(type(self.rule), scalars)
         rule = replace(self.rule, **scalars)
         values: Mapping[str, float] = rule.scalars()
         count = self.count + 1

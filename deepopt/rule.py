@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
 from typing import (
@@ -197,6 +198,16 @@ def hints(cls: type[Rule]) -> dict[str, Any]:
     """The annotation of each hyperparameter."""
     found = get_type_hints(cls, include_extras=True)
     return {f.name: found[f.name] for f in fields(cls)}
+
+
+def check_hyperparameters(cls: type[Rule], names: Iterable[str]) -> None:
+    """Raise TypeError, with a suggestion, for a name that the rule does not have."""
+    known = hints(cls)
+    for name in names:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {sorted(known)}"
+            raise TypeError(f"{cls.__name__} has no hyperparameter {name!r}; {hint}")
 
 
 def domain_of(hint: Any) -> Domain | None:

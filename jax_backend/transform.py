@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from deepopt.rule import Rule, scalar_names
+from deepopt.rule import Rule, check_hyperparameters, scalar_names
 from deepopt.rules import AdamW
 from jax_backend.step import Stepper
 
@@ -98,14 +97,10 @@ def _optax(stepper: Stepper) -> optax.GradientTransformationExtraArgs:
 
 def _resolved(rule: Rule, given: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]]:
     """The rule with what is known now (its own values elsewhere), and what is known at run time."""
-    names = [f.name for f in fields(rule)]
+    check_hyperparameters(type(rule), given)
     known: dict[str, Any] = {}
     later: dict[str, Any] = {}
     for name, value in given.items():
-        if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {sorted(names)}"
-            raise TypeError(f"{type(rule).__name__} has no hyperparameter {name!r}{hint}")
         value = value.item() if isinstance(value, np.generic | np.ndarray) else value
         value = tuple(value) if isinstance(value, list) else value
         own = getattr(rule, name)

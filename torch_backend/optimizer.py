@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from deepopt.algebra import Program
 from deepopt.oracle import canonical
-from deepopt.rule import Rule, Slot, hints, scalar_names, trace
+from deepopt.rule import Rule, Slot, check_hyperparameters, hints, scalar_names, trace
 from deepopt.rules import AdamW
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.routing import Named, Route, Routing, check_view, matrices, of_iterable, route
@@ -535,12 +534,7 @@ def _checked_rule(name: str, value: Any) -> Rule:
 
 def _made(cls: type[Rule], given: Mapping[str, Any], base: Rule | None = None) -> Rule:
     """The rule with the given hyperparameters; TypeError for a name that it does not have."""
-    names = hints(cls)
-    for name in given:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {sorted(names)}"
-            raise TypeError(f"{cls.__name__} has no hyperparameter {name!r}{hint}")
+    check_hyperparameters(cls, given)
     values = {k: _host(v, k) for k, v in given.items()}
     return cls(**(_values(base) if base else {}) | values)
 
