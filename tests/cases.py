@@ -1,8 +1,11 @@
 """Every rule and every switch, as the fixtures of the battery, and the one table of tolerances."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+import jax
 import numpy as np
 from papers import adamw, deep_momentum, delta_momentum, heavy_ball, lion, m3, muon, sgd
 
@@ -111,6 +114,17 @@ def stream(shape: tuple[int, ...], steps: int, seed: int = 0) -> tuple[np.ndarra
         g[:, 1] = 0.0
         g[:, 0, 0] = 0.0
     return w, g
+
+
+@contextmanager
+def double_precision(enabled: bool = True) -> Iterator[None]:
+    """jax in 64 bits inside the block; jax older than 0.8 has no context manager for it."""
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", enabled)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def difference(a: Any, b: Any) -> float:

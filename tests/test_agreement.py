@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from cases import CASES, PAPER, TOLERANCE, Case, difference, stream
+from cases import CASES, PAPER, TOLERANCE, Case, difference, double_precision, stream
 
 from deepopt import Oracle
 from jax_backend import transform
@@ -93,7 +93,7 @@ def test_torch_equals_the_oracle_in_float64(case):
 
 @each_case
 def test_jitted_jax_equals_the_oracle_in_float64(case):
-    with jax.enable_x64(True):
+    with double_precision():
         path = jax_path(case, "float64")
     expected, _ = oracle_path(case)
     assert max(difference(a, b) for a, b in zip(path, expected, strict=True)) <= 1e-12

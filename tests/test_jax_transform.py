@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from cases import DEFAULTS, difference, stream
+from cases import DEFAULTS, difference, double_precision, stream
 
 import jax_backend
 from deepopt import Oracle, Rule, rules
@@ -48,7 +48,7 @@ each_name = pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with double_precision():
         yield
 
 
@@ -163,7 +163,7 @@ def test_the_state_is_a_struct_of_trees_and_counts_safely(rule):
 @each_name
 @each_rule
 def test_state_and_updates_keep_their_dtypes(rule, name):
-    with jax.enable_x64(name == "float64"):
+    with double_precision(name == "float64"):
         w = asarrays(streams(SHAPES, 1)[0], name)
         g = asarrays(w, "bfloat16")
         tx = transform(rule)

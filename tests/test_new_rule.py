@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from cases import difference, stream
+from cases import difference, double_precision, stream
 
 from deepopt import Oracle, describe, latex
 from jax_backend import alias, transform
@@ -104,7 +104,7 @@ def test_one_file_gives_every_backend(load, text, name):
     assert len(text.strip().splitlines()) <= 22
     rule = cls(lr=0.05, weight_decay=0.1)
     w, g = stream((4, 6), 10)
-    with jax.enable_x64(True):
+    with double_precision():
         expected = oracle_path(rule, w, g)
         bound, made = bind(cls), alias(cls, "mine")
         paths = {
