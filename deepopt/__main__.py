@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from deepopt.describe import describe, state_numbers, table
@@ -17,6 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", nargs="?", help="a rule, in any case: m3, adamw, ...")
     options = parser.parse_args(arguments)
     by_name = {cls.__name__.lower(): cls for cls in ALL}
+    if options.command == "list" and options.name is not None:
+        parser.error(f"list takes no name; to see one rule: describe {options.name}")
     if options.command == "list":
         rows = [("rule", "takes", "state", "what it is")]
         for cls in ALL:
@@ -39,4 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except BrokenPipeError:
+        # The reader, such as `head`, had enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

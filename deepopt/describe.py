@@ -11,7 +11,7 @@ from deepopt.expr import Expr, Shape, topological
 from deepopt.functions import definition_of, static_of
 from deepopt.latex import text_of, ticks
 from deepopt.memory import Level
-from deepopt.rule import Rule, traced
+from deepopt.rule import Rule, checked_rule, traced
 
 FREE = {"input", "constant", "array", "reshape", "transpose", "stop_gradient"}
 
@@ -57,11 +57,11 @@ def describe(rule: Rule, shape: Shape = (256, 256)) -> str:
 
     Raises ValueError where the rule cannot take the shape.
     """
-    rule.check(shape, "the example")
+    checked_rule(rule).check(shape, "the example")
     program, levels = traced(rule, shape, frozenset({"every"}))
     ticking, _ = traced(rule, shape, frozenset({"every", *rule.clocks()}))
     slots = rule.all_slots(shape)
-    n = max(prod(shape), 1)
+    n, size = max(prod(shape), 1), " × ".join(map(str, shape))
     read = {k for k in (*program.inputs, *program.outputs) if k in slots}
     written = {k for k in program.outputs if k in slots}
     moved = 3 + sum(prod(slots[k].shape) / n for names in (read, written) for k in names)
@@ -73,14 +73,14 @@ def describe(rule: Rule, shape: Shape = (256, 256)) -> str:
             "",
             _nest(rule, program, levels, shape),
             "",
-            "one step; a prime marks what is new:",
+            f"one step at {size}; a prime marks what is new:",
             *_lines(rule, shape),
             "",
-            f"per number of a {' × '.join(map(str, shape))} parameter:",
-            f"  state {state_numbers(rule, shape):.3g} numbers, "
-            f"at least {4 * moved:.3g} bytes moved a step in float32",
-            f"  {total_flops(program) / n:.3g} floating-point operations a step, "
-            f"{total_flops(ticking) / n:.3g} when all clocks tick",
+            f"per number of a parameter of {size}:",
+            f"  numbers of state: {state_numbers(rule, shape):.3g}",
+            f"  bytes moved a step in float32: at least {4 * moved:.3g}",
+            f"  floating-point operations a step: {total_flops(program) / n:,.0f}, "
+            f"and {total_flops(ticking) / n:,.0f} when all clocks tick",
         ]
     )
 

@@ -117,10 +117,11 @@ class Expr:
         return elementwise("less_equal", other, self)
 
     def __bool__(self) -> NoReturn:
+        name = dict(self.attrs).get("name", self.op)
         raise TypeError(
-            f"a rule branched at {_caller()} on the value of {self.attrs or self.op!r}, which is a "
-            "symbol while the rule is traced: use where(condition, a, b), or make the "
-            "hyperparameter static (int, bool, str or Literal)"
+            f"a rule branched at {_caller()} on the value of {name!r}, which is a symbol while the "
+            "rule is traced: use where(condition, a, b), or make the hyperparameter static (int, "
+            "bool, str or Literal)"
         )
 
 
@@ -249,6 +250,8 @@ def sub(x: Number, y: Number) -> Expr:
         return known
     if _value(b) == 0 and _covers(a, b):
         return a
+    if _value(a) == 0 and _covers(b, a):
+        return neg(b)
     if b.op == "neg":
         return add(a, b.args[0])
     return elementwise("sub", a, b)

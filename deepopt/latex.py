@@ -11,7 +11,7 @@ from deepopt.algebra import Algebra, Program, apply
 from deepopt.expr import Expr, Shape
 from deepopt.functions import FUNCTIONS
 from deepopt.oracle import canonical
-from deepopt.rule import Rule, trace
+from deepopt.rule import Rule, checked_rule, trace
 
 Style = Literal["latex", "plain"]
 
@@ -246,11 +246,13 @@ def latex(rule: Rule, shape: Shape = (8, 8)) -> str:
 
     Raises ValueError where the rule cannot take the shape.
     """
-    rule.check(canonical(shape), "the example")
+    checked_rule(rule).check(canonical(shape), "the example")
     rows: list[str] = []
     for clock, lines in ticks(rule, canonical(shape), "latex").items():
         if clock:
             rows.append(rf"&\text{{every {rule.clocks()[clock]} updates instead:}}")
         rows += [rf"{left} &= {right}" for left, right in lines]
     body = " \\\\\n".join(rows)
-    return f"\\begin{{aligned}}\n{body}\n\\end{{aligned}}"
+    size = " × ".join(map(str, shape))
+    note = f"% factors that depend on the shape are those of {size}"
+    return f"{note}\n\\begin{{aligned}}\n{body}\n\\end{{aligned}}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from deepopt.algebra import Arrays, constant_array, fold
 from deepopt.expr import Shape
-from deepopt.rule import Rule, check_hyperparameters, trace
+from deepopt.rule import Rule, check_hyperparameters, checked_rule, trace
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -82,7 +82,7 @@ class Oracle:
     """
 
     def __init__(self, rule: Rule, parameters: Sequence[Any]) -> None:
-        self.rule = rule
+        self.rule = checked_rule(rule)
         self.count = 0
         self.state: list[dict[str, Array]] = []
         for i, parameter in enumerate(parameters):

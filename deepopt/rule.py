@@ -110,6 +110,9 @@ class _Frozen:
         super().__init_subclass__()
         # Without one of its own a dataclass would write its signature there.
         cls.__doc__ = cls.__doc__ or f"{cls.__name__} has no description."
+        domain = getattr(cls, "domain", "any")
+        if domain not in ("any", "matrix"):
+            raise ValueError(f"{cls.__name__}.domain={domain!r} must be 'any' or 'matrix'")
         dataclass(frozen=True, kw_only=True)(cls)
 
 
@@ -200,6 +203,15 @@ def hints(cls: type[Rule]) -> dict[str, Any]:
     return {f.name: found[f.name] for f in fields(cls)}
 
 
+def checked_rule(value: Any, what: str = "rule") -> Rule:
+    """The value if it is a rule; else TypeError, as for a class that was not called."""
+    if not isinstance(value, Rule):
+        raise TypeError(
+            f"{what}={value!r} must be a rule of deepopt.rules, or of your own, such as AdamW()"
+        )
+    return value
+
+
 def check_hyperparameters(cls: type[Rule], names: Iterable[str]) -> None:
     """Raise TypeError, with a suggestion, for a name that the rule does not have."""
     known = hints(cls)
@@ -232,7 +244,7 @@ def _validate(label: str, value: Any, hint: Any) -> None:
         values = cast(tuple[Any, ...], value if given else (value,))
         fits = len(values) == length if length else len(values) > 0
         if not fits or not all(_is_number(v) and domain.holds(v) for v in values):
-            wrong = f"{length} times " * bool(length) + domain.text
+            wrong = f"{length} numbers, each " * bool(length) + domain.text
             wrong += ", or a tuple of such" * (several and not length)
     elif get_origin(hint) is Literal:
         choices = get_args(hint)
@@ -300,7 +312,7 @@ def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
     w, g, step = symbol("w", shape), symbol("g", shape), symbol("step")
     slots, clocks = rule.all_slots(shape), rule.clocks()
     _check_names(rule, slots, clocks)
-    s = {name: symbol(name, slot.shape) for name, slot in slots.items()}
+    s = _Slots({name: symbol(name, slot.shape) for name, slot in slots.items()})
     if rule.every > 1:
         g = s["gradient_sum"] + g
         if "every" not in ticking:
@@ -315,6 +327,12 @@ def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
             f"{result!r}"
         )
     direction, memories = cast(Update, result)
+    forgotten = set(slots) - set(memories) - {"gradient_sum"}
+    if forgotten:
+        raise ValueError(
+            f"{type(rule).__name__}.update does not return {sorted(forgotten)}; return s[name] for "
+            "a memory that stays as it is"
+        )
     for name, new in memories.items():
         if name not in slots or new.shape != slots[name].shape:
             declared = slots[name].shape if name in slots else "no slot"
@@ -333,6 +351,13 @@ def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
     if rule.every > 1:
         outputs["gradient_sum"] = array("full", shape, 0.0)
     return Program(outputs)
+
+
+class _Slots(dict[str, Expr]):
+    """The memories as symbols; an unknown one is an error that names the known ones."""
+
+    def __missing__(self, name: str) -> Expr:
+        raise KeyError(f"no memory {name!r}; slots() has {sorted(self)}")
 
 
 def _is_update(x: Any) -> bool:

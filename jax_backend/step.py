@@ -67,6 +67,9 @@ class Stepper:
         """One step; a leaf of params whose gradient is None stays as it is."""
         gradients, tree = jax.tree.flatten(updates, is_leaf=_is_none)
         weights = [None] * len(gradients) if params is None else tree.flatten_up_to(params)
+        for w, g in zip(weights, gradients, strict=True):
+            if w is not None and g is not None and jnp.shape(w) != jnp.shape(g):
+                raise ValueError(f"a leaf of shape {jnp.shape(w)} has an update of {jnp.shape(g)}")
         memories: list[dict[str, Any]] = [{} for _ in gradients]
         for name, slot in state.slots.items():
             for memory, value in zip(memories, tree.flatten_up_to(slot), strict=True):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from deepopt.rule import Rule, check_hyperparameters, scalar_names
+from deepopt.rule import Rule, check_hyperparameters, checked_rule, scalar_names
 from deepopt.rules import AdamW
 from jax_backend.step import Stepper
 
@@ -50,7 +50,9 @@ def transform(
             raise TypeError(f"{type(rule).__name__} takes every leaf, so {fallback=} has no use")
         return own
     shared = ("lr", "weight_decay", "every") if fallback is None else ()
-    other = (fallback or AdamW()).with_values({k: getattr(known, k) for k in shared})
+    other = checked_rule(fallback or AdamW(), "fallback").with_values(
+        {k: getattr(known, k) for k in shared}
+    )
     others = {k: v for k, v in later.items() if k in shared}
 
     return optax.partition(
@@ -67,6 +69,8 @@ def alias(rule: type[Rule], name: str) -> Callable[..., optax.GradientTransforma
     default = rule()
 
     def make(learning_rate: Any = default.lr, **options: Any) -> Any:
+        if "lr" in options:
+            raise TypeError(f"{name}(lr=...): it is called learning_rate here")
         return transform(default, lr=learning_rate, **options)
 
     make.__name__ = make.__qualname__ = name
@@ -97,7 +101,7 @@ def _optax(stepper: Stepper) -> optax.GradientTransformationExtraArgs:
 
 def _resolved(rule: Rule, given: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]]:
     """The rule with what is known now (its own values elsewhere), and what is known at run time."""
-    check_hyperparameters(type(rule), given)
+    check_hyperparameters(type(checked_rule(rule)), given)
     known: dict[str, Any] = {}
     later: dict[str, Any] = {}
     for name, value in given.items():

@@ -562,7 +562,7 @@ def test_the_fallback_takes_the_rest(x64):
     [
         (lambda: jax_backend.adamw(-0.1), ValueError, r"AdamW\(lr=-0.1\) must be"),
         (lambda: jax_backend.adamw(betas=(0.9, 1.5)), ValueError, r"betas=\(0.9, 1.5\)"),
-        (lambda: jax_backend.adamw(betas=(0.9, lambda _: 0.9, 0.9)), ValueError, "2 times"),
+        (lambda: jax_backend.adamw(betas=(0.9, lambda _: 0.9, 0.9)), ValueError, "2 numbers"),
         (lambda: jax_backend.muon(momentum=1.0), ValueError, r"Muon\(momentum=1.0\)"),
         (lambda: jax_backend.m3(period=0), ValueError, r"M3\(period=0\) must be an integer >= 1"),
         (lambda: jax_backend.m3(slow=(lambda _: 0.9, 2.0)), ValueError, r"slow=\(0.9, 2.0\)"),

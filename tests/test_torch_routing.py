@@ -28,9 +28,9 @@ def parameter(*shape):
 def test_a_module_is_routed_by_its_roles(rule):
     optimizer = Optimizer(GPT(width=32, layers=2, heads=2), rule())
     routes = table(optimizer)
-    assert routes.pop("tokens.weight") == ("AdamW", "", "embedding: fallback")
-    assert routes.pop("positions.weight") == ("AdamW", "", "embedding: fallback")
-    assert routes.pop("project.weight") == ("AdamW", "", "head: fallback")
+    assert routes.pop("tokens.weight") == ("AdamW", "", "embedding (by place or name): fallback")
+    assert routes.pop("positions.weight") == ("AdamW", "", "embedding (by place or name): fallback")
+    assert routes.pop("project.weight") == ("AdamW", "", "head (by place or name): fallback")
     for name, route in routes.items():
         if "norm" in name or "before" in name or "after" in name or "bias" in name:
             assert route == ("AdamW", "", "not a matrix: fallback"), name
@@ -48,7 +48,7 @@ def test_any_rule_takes_everything():
 @pytest.mark.parametrize("tie", ["module", "function"])
 def test_tied_embeddings_leave_the_last_hidden_matrix_alone(tie, width):
     routes = table(torch_backend.Muon(GPT(width=width, layers=2, heads=2, tie=tie)))
-    assert routes["tokens.weight"] == ("AdamW", "", "embedding: fallback")
+    assert routes["tokens.weight"] == ("AdamW", "", "embedding (by place or name): fallback")
     assert routes["blocks.1.down.weight"][0] == "Muon"
     assert "project.weight" not in routes
     assert not [name for name, (_, _, why) in routes.items() if "head" in why]
@@ -57,7 +57,7 @@ def test_tied_embeddings_leave_the_last_hidden_matrix_alone(tie, width):
 def test_last_projection_of_a_network_without_embeddings():
     routes = table(torch_backend.Muon(ConvNet()))
     assert routes["layers.0.weight"] == ("Muon", "flatten", "convolution as a matrix")
-    assert routes["layers.7.weight"] == ("AdamW", "", "head: fallback")
+    assert routes["layers.7.weight"] == ("AdamW", "", "head (by place or name): fallback")
     mlp = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     rule_of = {name: route[0] for name, route in table(torch_backend.Muon(mlp)).items()}
     assert [rule_of[f"{i}.weight"] for i in (0, 2, 4)] == ["Muon", "Muon", "AdamW"]
@@ -76,9 +76,9 @@ def test_tables_held_as_parameters_are_known_by_name():
             self.head = nn.Linear(4, 2)
 
     routes = table(torch_backend.Muon(ViT()))
-    assert routes["pos_embed"] == ("AdamW", "", "embedding: fallback")
+    assert routes["pos_embed"] == ("AdamW", "", "embedding (by place or name): fallback")
     assert routes["experts"] == ("Muon", "stacked", "stack of matrices")
-    assert routes["head.weight"][2] == "head: fallback"
+    assert routes["head.weight"][2] == "head (by place or name): fallback"
 
 
 def test_named_parameters_are_routed_by_name():
@@ -87,7 +87,7 @@ def test_named_parameters_are_routed_by_name():
     named = [(n, torch.zeros(*s, requires_grad=True)) for n, s in zip(names, shapes, strict=True)]
     reasons = [r[2] for r in table(torch_backend.M3(named)).values()]
     assert sorted(reasons) == sorted(
-        ["embedding: fallback", "matrix", "not a matrix: fallback", "head: fallback",
+        ["embedding (by place or name): fallback", "matrix", "not a matrix: fallback", "head (by place or name): fallback",
          "convolution as a matrix"]
     )  # fmt: skip
     optimizer = torch_backend.M3(GPT(width=16, layers=1, heads=2).named_parameters())

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from deepopt.algebra import Program
 from deepopt.oracle import canonical
-from deepopt.rule import Rule, Slot, check_hyperparameters, hints, scalar_names, trace
+from deepopt.rule import (
+    Rule,
+    Slot,
+    check_hyperparameters,
+    checked_rule,
+    hints,
+    scalar_names,
+    trace,
+)
 from deepopt.rules import AdamW
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.routing import Named, Route, Routing, check_view, matrices, of_iterable, route
@@ -88,8 +96,8 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"params must be a module or an ordered iterable of tensors, got {type(params)}"
             )
-        self._rule: Rule = AdamW() if rule is None else _checked_rule("rule", rule)
-        self._fallback = None if fallback is None else _checked_rule("fallback", fallback)
+        self._rule: Rule = AdamW() if rule is None else checked_rule(rule)
+        self._fallback = None if fallback is None else checked_rule(fallback, "fallback")
         self._views = dict(views or {})
         self._strict = strict
         # Kept by name and by parameter, not by position, so that users may rearrange the groups.
@@ -127,7 +135,7 @@ class Optimizer(torch.optim.Optimizer):
         known = of_iterable(params)
         self._check_tensors(known)
         chosen = param_group.get("rule")
-        base = self._rule if chosen is None else _checked_rule("rule", chosen)
+        base = self._rule if chosen is None else checked_rule(chosen)
         given = {k: v for k, v in param_group.items() if k not in OWN | FOREIGN}
         if chosen is None:
             given = {**self._tensors, **given}
@@ -526,12 +534,6 @@ def _values(rule: Rule) -> dict[str, Any]:
     return {k: _host(getattr(rule, k), k) for k in hints(type(rule))}
 
 
-def _checked_rule(name: str, value: Any) -> Rule:
-    if not isinstance(value, Rule):
-        raise TypeError(f"{name}={value!r} must be a rule, such as deepopt.rules.M3()")
-    return value
-
-
 def _made(cls: type[Rule], given: Mapping[str, Any], base: Rule | None = None) -> Rule:
     """The rule with the given hyperparameters; TypeError for a name that it does not have."""
     check_hyperparameters(cls, given)
@@ -592,6 +594,10 @@ def bind(rule: Callable[P, Rule], module: str | None = None) -> Binding[P]:
 
     def __init__(self: Any, params: Any, lr: Any = None, **given: Any) -> None:
         chosen = {x.name: given.pop(x.name) for x in shared if x.name in given}
+        # Flags of torch's classes that ask for nothing may stay in the line that is replaced.
+        for name in (TORCH | set(NEUTRAL)) & set(given) - set(hints(cls)):
+            if given[name] in (None, False, 0):
+                del given[name]
         given |= {} if lr is None else {"lr": lr}
         self._tensors = {k: v for k, v in given.items() if isinstance(v, Tensor)}
         Optimizer.__init__(self, params, _made(cls, given), **chosen)
@@ -606,6 +612,7 @@ def bind(rule: Callable[P, Rule], module: str | None = None) -> Binding[P]:
     first = [inspect.Parameter("self", positional), inspect.Parameter("params", positional)]
     lr = hyper.pop("lr").replace(kind=positional)
     signature = inspect.Signature([*first, lr, *hyper.values(), *shared])
+    __init__.__qualname__ = f"{cls.__name__}.__init__"
     __init__.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
     namespace = {
         "__init__": __init__,

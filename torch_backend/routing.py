@@ -171,12 +171,12 @@ def route(
             rule.check(shape, name)
         fallback.check(shape, name)
         return fallback, "", "not a matrix: fallback"
-    if x.role in ("embedding", "head") and not chosen:
-        view = "" if fallback.domain == "any" else view or "flatten"
-        return fallback, view, f"{x.role}: fallback"
     if view:
         matrices(shape, view)
         return rule, view, "view given"
+    if x.role in ("embedding", "head") and not chosen:
+        view = "" if fallback.domain == "any" else "flatten"
+        return fallback, view, f"{x.role} (by place or name): fallback"
     unknown = x.role in ("named", "") if len(shape) > 2 else x.role == "" and not chosen
     if strict and unknown:
         raise ValueError(
@@ -184,7 +184,7 @@ def route(
             "a convolution or a stack. Pass the module, or a group with its own rule and view"
         )
     if len(shape) == 2:
-        return rule, "flatten", "matrix"
+        return rule, "flatten", "matrix" if x.role else "matrix (or an embedding or head?)"
     if x.role == "hidden":
         return rule, "stacked", "stack of matrices"
     return rule, "flatten", "convolution as a matrix"
