@@ -4,6 +4,8 @@ This package is the mathematics and imports nothing heavier than NumPy. `torch_b
 `jax_backend` bind its rules to `torch.optim` and `optax`.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from deepopt import rules as rules
 from deepopt.describe import describe as describe
 from deepopt.latex import latex as latex
@@ -29,3 +31,8 @@ from deepopt.rule import Scalars as Scalars
 from deepopt.rule import Slot as Slot
 from deepopt.rule import Time as Time
 from deepopt.rule import Update as Update
+
+try:
+    __version__ = version("nested-deepopt")
+except PackageNotFoundError:
+    __version__ = "unknown"  # not installed: run from a bare checkout

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -456,9 +457,17 @@ def test_ctrl_c_says_how_to_go_on(
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         assert train.main(command) == 130
-    again = f"python -m examples.hope.train {' '.join(command)} --resume"
+    again = f"{sys.executable} -m examples.hope.train {' '.join(command)} --resume"
     assert again in capsys.readouterr().err
+    saved = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    assert train.main(command) == 2
+    assert "holds a run stopped at step 1 of 3: add --resume" in capsys.readouterr().err
+    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == saved
     assert train.main([*command, "--resume"]) == 0
+    assert train.main(command) == 0
+    (tmp_path / "out" / "checkpoint.pt").write_bytes(saved[:1000])
+    assert train.main([*command, "--resume"]) == 2
+    assert "cannot be read as a checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -621,3 +621,10 @@ def test_signatures_are_true(cls):
 def test_every_rule_has_an_alias():
     assert set(ALIASES) == set(rules.ALL)
     assert alias(rules.SGD, "mine").__name__ == "mine"
+
+
+def test_an_update_of_another_shape_is_refused():
+    params = {"w": jnp.ones((8, 4))}
+    for tx in (jax_backend.adamw(), jax_backend.m3()):
+        with pytest.raises(ValueError, match=r"shape \(8, 4\) has an update of \(4, 8\)"):
+            tx.update({"w": jnp.ones((4, 8))}, tx.init(params), params)

@@ -7,9 +7,21 @@ import numpy as np
 import pytest
 from cases import DEFAULTS
 
-from deepopt import Oracle, Rate, Retention, Rule, Scalar, Slot, rule, rules
+from deepopt import (
+    Oracle,
+    Rate,
+    Retention,
+    Rule,
+    Scalar,
+    Slot,
+    describe,
+    latex,
+    rule,
+    rules,
+)
 from deepopt.expr import where
 from deepopt.rule import trace
+from jax_backend import scale_by_rule, transform
 
 
 @pytest.mark.parametrize("cls", rules.ALL, ids=lambda r: r.__name__)
@@ -130,6 +142,17 @@ def test_a_rule_that_says_something_impossible_is_told_so():
         def update(self, w, g, s, t):
             return g, {"m": g}
 
+    class Forgetful(Base):
+        def slots(self, shape):
+            return {"m": Slot(shape)}
+
+        def update(self, w, g, s, t):
+            return g + s["m"], {}
+
+    class Unknown(Base):
+        def update(self, w, g, s, t):
+            return s["mm"], {}
+
     class Float(Base):
         keep: float = 0.5
 
@@ -150,12 +173,28 @@ def test_a_rule_that_says_something_impossible_is_told_so():
         (Bare, TypeError, r"must return \(direction"),
         (Number, TypeError, r"must return \(direction"),
         (Shape, ValueError, "returned memory 'm'"),
+        (Forgetful, ValueError, r"does not return \['m'\]"),
+        (Unknown, KeyError, "no memory 'mm'; slots"),
         (Float, ValueError, "annotated Scalar, Rate or Retention"),
         (Branch, TypeError, "branched at test_rule.py"),
     ]:
         with pytest.raises(error, match=message):
             clock_free = cls()
             trace(clock_free, (2, 2), frozenset({"every"}))
+
+
+def test_a_domain_is_any_or_matrix():
+    with pytest.raises(ValueError, match="domain='matrx' must be 'any' or 'matrix'"):
+
+        class Matrx(Base):
+            domain = "matrx"
+
+
+@pytest.mark.parametrize("what", [rules.M3, "m3", None])
+def test_a_class_or_a_name_is_not_a_rule(what):
+    for take in (describe, latex, lambda r: Oracle(r, [np.ones((2, 2))]), transform, scale_by_rule):
+        with pytest.raises(TypeError, match="must be a rule of deepopt.rules"):
+            take(what)
 
 
 def test_where_is_how_a_rule_branches():

@@ -716,3 +716,18 @@ def test_clocks_and_stagger_equal_the_oracle(case):
     worst = max(difference(p.detach(), w) for p, w in zip(params, weights, strict=True))
     assert worst <= 1e-12
     assert np.isfinite(worst)
+
+
+def test_neutral_flags_of_torch_may_stay_in_the_line():
+    flags = {"foreach": None, "fused": False, "capturable": False, "amsgrad": False}
+    assert torch_backend.AdamW([parameter(3)], lr=1e-3, **flags).param_groups[0]["lr"] == 1e-3
+    with pytest.raises(TypeError, match="AdamW has no hyperparameter 'fused'"):
+        torch_backend.AdamW([parameter(3)], fused=True)
+
+
+def test_an_explicit_view_wins_over_a_guess():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    rules_of = {r.name: r.rule for r in torch_backend.M3(model).routing.routes}
+    assert rules_of["1.weight"] == "AdamW"
+    viewed = torch_backend.M3(model, views={"1.weight": "flatten"})
+    assert {r.name: r.rule for r in viewed.routing.routes}["1.weight"] == "M3"

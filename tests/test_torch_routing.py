@@ -87,9 +87,14 @@ def test_named_parameters_are_routed_by_name():
     named = [(n, torch.zeros(*s, requires_grad=True)) for n, s in zip(names, shapes, strict=True)]
     reasons = [r[2] for r in table(torch_backend.M3(named)).values()]
     assert sorted(reasons) == sorted(
-        ["embedding (by place or name): fallback", "matrix", "not a matrix: fallback", "head (by place or name): fallback",
-         "convolution as a matrix"]
-    )  # fmt: skip
+        [
+            "embedding (by place or name): fallback",
+            "matrix",
+            "not a matrix: fallback",
+            "head (by place or name): fallback",
+            "convolution as a matrix",
+        ]
+    )
     optimizer = torch_backend.M3(GPT(width=16, layers=1, heads=2).named_parameters())
     assert table(optimizer)["tokens.weight"][0] == "M3"  # a name that says nothing
 

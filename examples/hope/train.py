@@ -6,6 +6,7 @@ Ctrl-C saves the run; the same command with --resume continues it, bit for bit.
 import argparse
 import math
 import os
+import pickle
 import shlex
 import signal
 import sys
@@ -56,14 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
         corpus = data.load(args.data, settings.length)
         out = args.out or Path("runs/hope") / f"{settings.model.variant}-{settings.optimizer}"
+        if not (args.resume or args.restart):
+            refuse_to_lose(out / "checkpoint.pt")
         result = train(settings, corpus, out, resume=args.resume)
     except (OSError, ValueError, ArithmeticError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if result is not None and args.quick:
+        print("--quick only shows that everything runs: the model is tiny and hardly trained")
     if result is None:
         options = list(sys.argv[1:] if argv is None else argv)
         again = shlex.join([*options, *([] if args.resume else ["--resume"])])
-        print(f"\nstopped; to go on: python -m examples.hope.train {again}", file=sys.stderr)
+        python = shlex.quote(sys.executable)
+        print(f"\nstopped; to go on: {python} -m examples.hope.train {again}", file=sys.stderr)
         return 130
     return 0
 
@@ -79,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=1, help="default: 1; more only on idle cores")
     p.add_argument("--out", type=Path, help="folder (default: runs/hope/VARIANT-OPTIMIZER)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    p.add_argument("--restart", action="store_true", help="begin again, over an unfinished run")
     p.add_argument("--quick", action="store_true", help="a tiny model, to see that all works")
     return p
 
@@ -118,7 +125,7 @@ def train(
     if not resume:
         about = {"optimizer": settings.optimizer, "lr": settings.lr, "params": count}
         log.write({**corpus.record(), **about, "torch": torch.__version__})
-    print(f"{corpus.description}: {corpus.size / 1e6:.1f} MB, split by file, seed {settings.seed}")
+    print(f"{corpus.description}: {corpus.size:,} bytes, some held out, seed {settings.seed}")
     print(f"Hope ({settings.model.variant}), {count / 1e6:.2f} M parameters, {settings.optimizer}")
 
     progress = report.Progress(settings.steps, settings.batch * settings.length, start=step)
@@ -272,7 +279,7 @@ def load(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> int:
     """Restore a checkpoint of the same settings and corpus; returns the steps done."""
     if not path.exists():
         raise FileNotFoundError(f"nothing to resume: {str(path)!r} does not exist")
-    saved = torch.load(path, weights_only=True)
+    saved = read_checkpoint(path)
     theirs, ours = _flat(saved["identity"]), _flat(identity)
     different = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
     if different:
@@ -281,6 +288,27 @@ def load(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> int:
     for name, thing in state.items():
         thing.load_state_dict(saved[name])
     return saved["step"]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save` wrote; ValueError where the file is something else or damaged."""
+    try:
+        return torch.load(path, weights_only=True)
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint: {error}") from error
+
+
+def refuse_to_lose(path: Path) -> None:
+    """Raise ValueError where a checkpoint of an unfinished run would be overwritten."""
+    if not path.exists():
+        return
+    saved = read_checkpoint(path)
+    if saved["step"] < saved["identity"]["steps"]:
+        raise ValueError(
+            f"{str(path)!r} holds a run stopped at step {saved['step']} of "
+            f"{saved['identity']['steps']}: add --resume to go on, --restart to begin again, or "
+            "another --out"
+        )
 
 
 def _flat(identity: dict[str, Any]) -> dict[str, Any]:
