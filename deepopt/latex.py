@@ -75,13 +75,18 @@ class Formulas(Algebra[Text]):
         return Text(GREEK.get(name, plain) + mark)
 
     def constant(self, value: float) -> Text:
-        return Text(f"{value:g}", ATOM if value >= 0 else SUM)
+        digits, _, exponent = f"{value:g}".partition("e")
+        if self.latex and exponent:
+            digits = rf"{digits} \cdot 10^{{{int(exponent)}}}"
+        elif exponent:
+            digits = f"{digits}e{exponent}"
+        return Text(digits, ATOM if value >= 0 else SUM)
 
     def array(self, kind: str, shape: Shape, value: float) -> Text:
         number = self.constant(value)
         if kind == "full":
             return number
-        name = Text({"eye": "I", "dct": "DCT"}.get(kind, kind))
+        name = Text("I") if kind == "eye" else self.symbol(kind.upper())
         return name if value == 1 else self.mul(replace(number, scalar=True), name)
 
     def add(self, a: Text, b: Text) -> Text:
