@@ -243,3 +243,19 @@ def test_a_memory_as_large_as_its_parameter_is_not_taken_for_one():
         two.step()
     assert torch.allclose(whole, torch.cat(parts), rtol=1e-12, atol=1e-13)
     assert one.state[whole]["first"].shape == (2, 6, 4)
+
+
+def test_single_rows_of_a_module_are_no_matrices():
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+            self.up, self.score = nn.Linear(8, 4), nn.Linear(4, 1)
+            self.last = nn.Linear(4, 3)
+
+    model = Classifier()
+    taken = {r.name: r.rule for r in torch_backend.M3(model).routing.routes}
+    assert taken["cls_token"] == taken["score.weight"] == "AdamW"
+    assert taken["up.weight"] == "M3"
+    group = {"params": [model.score.weight], "rule": rules.M3()}
+    assert torch_backend.Optimizer([group]).param_groups[0]["rule"] == "M3"

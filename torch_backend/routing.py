@@ -183,8 +183,12 @@ def route(
             f"strict=True: {name} of shape {shape} may be a hidden matrix, an embedding, a head, "
             "a convolution or a stack. Pass the module, or a group with its own rule and view"
         )
+    seen = "stacked" if len(shape) > 2 and x.role == "hidden" else "flatten"
+    if x.role == "hidden" and min(matrices(shape, seen)[1:]) == 1 and not chosen:
+        fallback.check(shape, name)
+        return fallback, "" if fallback.domain == "any" else seen, "a single row: fallback"
     if len(shape) == 2:
-        return rule, "flatten", "matrix" if x.role else "matrix (or an embedding or head?)"
-    if x.role == "hidden":
-        return rule, "stacked", "stack of matrices"
+        return rule, seen, "matrix" if x.role else "matrix (or an embedding or head?)"
+    if seen == "stacked":
+        return rule, seen, "stack of matrices"
     return rule, "flatten", "convolution as a matrix"
