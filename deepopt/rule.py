@@ -222,6 +222,12 @@ def check_hyperparameters(cls: type[Rule], names: Iterable[str]) -> None:
             raise TypeError(f"{cls.__name__} has no hyperparameter {name!r}; {hint}")
 
 
+def check_scalars(cls: type[Rule], values: Mapping[str, Any]) -> None:
+    """Raise ValueError where a scalar hyperparameter has a value that the rule cannot have."""
+    for name in scalar_names(cls):
+        _validate(f"{cls.__name__}({name}=", values[name], hints(cls)[name])
+
+
 def domain_of(hint: Any) -> Domain | None:
     """The `Domain` in an annotation, if it has one."""
     return next((x for x in getattr(hint, "__metadata__", ()) if isinstance(x, Domain)), None)

@@ -380,3 +380,15 @@ class Subclass(torch_backend.SGD):
 
 def test_objects_of_a_subclass_pickle_as_such():
     assert type(pickle.loads(pickle.dumps(Subclass(parameters((3, 3)))))) is Subclass
+
+
+def test_memories_left_behind_by_a_change_of_the_rule_do_not_block_a_resume():
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = torch_backend.M3([p], period=(2, 3))
+    p.grad = torch.ones(4, 4)
+    optimizer.step()
+    optimizer.param_groups[0]["period"] = 4
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert "slow_1" in optimizer.state[p] and "slow_2" not in optimizer.state[p]
+    optimizer.step()

@@ -731,3 +731,23 @@ def test_an_explicit_view_wins_over_a_guess():
     assert rules_of["1.weight"] == "AdamW"
     viewed = torch_backend.M3(model, views={"1.weight": "flatten"})
     assert {r.name: r.rule for r in viewed.routing.routes}["1.weight"] == "M3"
+
+
+@pytest.mark.parametrize("edit", [{"betas": (0.9, 1.5)}, {"lr": float("nan")}, {"eps": -1.0}])
+def test_a_group_edited_to_an_impossible_value_is_refused_at_the_step(edit):
+    optimizer = torch_backend.AdamW([parameter(3)])
+    optimizer.step()
+    optimizer.param_groups[0].update(edit)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"AdamW\("):
+        optimizer.step()
+    assert str(snapshot(optimizer)) == str(before)
+
+
+def test_a_function_first_lifted_in_inference_mode_can_be_trained_later():
+    double = torch_backend.lift(lambda x: x * array("eye", (3, 3), 2.0))
+    x = torch.randn(3, 3, requires_grad=True)
+    with torch.inference_mode():
+        double(x)
+    double(x).sum().backward()
+    assert torch.equal(x.grad, 2 * torch.eye(3))

@@ -105,6 +105,8 @@ class Compiled:
     arithmetic is the same); then all inputs of rank 1 and more must have the same batch axes.
     """
 
+    # Constants outlive the call that makes them, so they must not be inference tensors.
+    @torch.inference_mode(False)
     def __init__(
         self, program: Program, algebra: Algebra[Any], donate: Sequence[str] | None = None
     ) -> None:

@@ -21,6 +21,7 @@ from deepopt.rule import (
     Rule,
     Slot,
     check_hyperparameters,
+    check_scalars,
     checked_rule,
     hints,
     scalar_names,
@@ -341,7 +342,8 @@ class Optimizer(torch.optim.Optimizer):
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
             groups = self._checked_groups(given["param_groups"])
-            loaded.update(self._checked_state(groups, given["state"]))
+            ours = ["rule" in group for group in given["param_groups"]]
+            loaded.update(self._checked_state(groups, given["state"], ours))
             keys = {key for group in groups for key in group["params"]}
             foreign = {k: v for k, v in given["state"].items() if k not in keys}
             return {**given, "param_groups": groups, "state": foreign}
@@ -383,9 +385,13 @@ class Optimizer(torch.optim.Optimizer):
         return groups
 
     def _checked_state(
-        self, groups: Sequence[Mapping[str, Any]], saved: Mapping[Any, Any]
+        self, groups: Sequence[Mapping[str, Any]], saved: Mapping[Any, Any], ours: Sequence[bool]
     ) -> dict[Tensor, dict[str, Any]]:
-        """Copies of a checkpoint's state on the parameters' devices, names and shapes checked."""
+        """Copies of a checkpoint's state on the parameters' devices, names and shapes checked.
+
+        ours: which groups this library saved; theirs may hold memories that a change of a static
+        hyperparameter left behind, and they are dropped.
+        """
         loaded: dict[Tensor, dict[str, Any]] = {}
         for i, (group, mine) in enumerate(zip(groups, self.param_groups, strict=True)):
             cls = self._rules[mine["rule"]]
@@ -397,7 +403,7 @@ class Optimizer(torch.optim.Optimizer):
                 memories = _seen(rule, p.shape, mine["seen_as"]).memories
                 shapes = {name: stored for name, (_, stored) in memories.items()}
                 what, names = self._name(i, j), set(state) - {"step"}
-                if names != set(shapes):
+                if set(shapes) - names or (names - set(shapes) and not ours[i]):
                     raise ValueError(
                         f"the checkpoint has memories {sorted(names)} for {what}; "
                         f"{cls.__name__} keeps {sorted(shapes)}"
@@ -506,7 +512,9 @@ def _instance(cls: type[Rule], values: Mapping[str, Any]) -> Rule:
     """A rule with these static values; its scalars are those of the first call."""
     scalars = {k: len(v) if isinstance(v, tuple) else None for k, v in values.items()}
     key = (cls, *({**values, **{k: scalars[k] for k in scalar_names(cls)}}.values()))
-    if key not in _instances:
+    if key in _instances:
+        check_scalars(cls, values)
+    else:
         _instances[key] = cls(**values)
     return _instances[key]
 
