@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from deepopt.expr import Expr, Shape, topological
-from deepopt.functions import definition_of, static_of
+from deepopt.functions import definition, static_of
 
 V = TypeVar("V")
 
@@ -169,8 +169,7 @@ def _call(algebra: Algebra[V], x: Expr, args: Sequence[V]) -> V:
     native = getattr(algebra, name, None)
     if native is not None:
         return native(*args, **static)
-    shapes = tuple(arg.shape for arg in x.args)
-    body, symbols = definition_of(name, shapes, tuple(sorted(static.items())))
+    body, symbols = definition(x)
     inputs = {str(s["name"]): value for s, value in zip(symbols, args, strict=True)}
     return fold(Program({"": body}), algebra, inputs)[""]
 

@@ -8,7 +8,7 @@ from math import prod
 
 from deepopt.algebra import Program
 from deepopt.expr import Expr, Shape, topological
-from deepopt.functions import definition_of, static_of
+from deepopt.functions import definition
 from deepopt.latex import text_of, ticks
 from deepopt.memory import Level
 from deepopt.rule import Rule, checked_rule, traced
@@ -28,9 +28,7 @@ def flops(x: Expr) -> int:
         n = x.shape[0]
         return 2 * n**3 // 3 + 2 * n * x.size
     if x.op == "call":
-        shapes = tuple(arg.shape for arg in x.args)
-        body, _ = definition_of(str(x["name"]), shapes, tuple(sorted(static_of(x).items())))
-        return total_flops(Program({"": body}))
+        return total_flops(Program({"": definition(x)[0]}))
     return x.size
 
 

@@ -68,6 +68,12 @@ def named(definition: Callable[Concatenate[Expr, P], Expr]) -> Callable[Concaten
     return call
 
 
+def definition(call: Expr) -> tuple[Expr, tuple[Expr, ...]]:
+    """What a call node stands for: a body, and the symbols in the place of its arguments."""
+    shapes = tuple(arg.shape for arg in call.args)
+    return definition_of(str(call["name"]), shapes, tuple(sorted(static_of(call).items())))
+
+
 def static_of(call: Expr) -> dict[str, Hashable]:
     """The static keywords of a call node."""
     return {k: v for k, v in call.attrs if k != "name"}

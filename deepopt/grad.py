@@ -21,7 +21,7 @@ from deepopt.expr import (
     transpose,
     where,
 )
-from deepopt.functions import definition_of, ratio, solve, static_of
+from deepopt.functions import definition, ratio, solve
 
 Adjoints = Sequence[Expr | None]
 
@@ -128,8 +128,7 @@ def _pull_back_call(x: Expr, adjoint: Expr) -> Adjoints:
         back = solve(transpose(a), adjoint, upper=lower)
         return (-(back @ transpose(x)), back)
     # On symbols of its own, since one argument may be part of another.
-    shapes = tuple(arg.shape for arg in x.args)
-    body, symbols = definition_of(str(x["name"]), shapes, tuple(sorted(static_of(x).items())))
+    body, symbols = definition(x)
     wanted = [s for s in symbols if s.shape and s in topological([body])]
     seed = symbol("adjoint", x.shape)
     derived = grad(sum_(body * seed), wanted)

@@ -217,8 +217,8 @@ def write(
     """
     retention, rate = as_expr(retention), as_expr(rate)
     memory = objective.memory
-    if delta and not objective.layers:
-        raise ValueError("delta=True erases along keys; a Table has none")
+    if (delta or normalize) and not objective.layers:
+        raise ValueError("delta and normalize go by the keys; a Table has none")
     extra = {"delta": delta, "normalize": normalize, "anchor": anchor is not None}
     takes = {"explicit": extra, "prox": {}, "sequential": {"delta", "normalize"}}
     refused = [k for k, given in extra.items() if given and k not in takes.get(solver, extra)]
@@ -239,8 +239,9 @@ def write(
                 product = matmul(stop_gradient(layer.inputs), layer.weight)
                 loss = loss + 0.5 * sum_(product * product)
             old = memory.parameters
-            layers = objective.layers or [None]
-            rates = [_normalized(rate, x) if normalize else rate for x in layers]
+            rates = [rate] * len(old)
+            if normalize:
+                rates = [_normalized(rate, layer) for layer in objective.layers]
             steps = [eta * d for eta, d in zip(rates, grad(loss, old), strict=True)]
             kept = [
                 retention * p if a is None else a + retention * (p - a)
@@ -258,9 +259,7 @@ def average(m: Expr, value: Expr, retention: Number) -> Expr:
     return write(dot(Table(m), value), retention=retention, rate=1.0 - as_expr(retention)).value
 
 
-def _normalized(rate: Expr, layer: Layer | None) -> Expr:
-    if layer is None:
-        raise ValueError("normalize=True divides by the keys; a Table has none")
+def _normalized(rate: Expr, layer: Layer) -> Expr:
     return ratio(rate * array("full", (1, 1)), sum_(layer.inputs * layer.inputs))
 
 

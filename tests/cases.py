@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from papers import adamw, deep_momentum, delta_momentum, heavy_ball, lion, m3, muon, sgd
 
 from deepopt import Rule, rules
@@ -125,6 +126,22 @@ def double_precision(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_enable_x64", before)
+
+
+def scanned(tx: optax.GradientTransformation, w: Any, gradients: Any) -> Any:
+    """The parameters after each step of an optax transformation, from one compilation of a scan."""
+
+    @jax.jit
+    def run(w, gradients):
+        def one(carry, g):
+            w, state = carry
+            updates, state = tx.update(g, state, w)
+            w = optax.apply_updates(w, updates)
+            return (w, state), w
+
+        return jax.lax.scan(one, (w, tx.init(w)), gradients)[1]
+
+    return run(w, gradients)
 
 
 def difference(a: Any, b: Any) -> float:

@@ -2,13 +2,11 @@
 
 from dataclasses import fields
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
-from cases import CASES, PAPER, TOLERANCE, Case, difference, double_precision, stream
+from cases import CASES, PAPER, TOLERANCE, Case, difference, double_precision, scanned, stream
 
 from deepopt import Oracle
 from jax_backend import transform
@@ -46,19 +44,8 @@ def torch_path(case: Case, dtype: torch.dtype) -> tuple[list[np.ndarray], Optimi
 
 def jax_path(case: Case, dtype: str) -> list[np.ndarray]:
     w, g = stream(case.shape, STEPS)
-    tx = transform(case.rule)
-
-    @jax.jit
-    def run(p, gradients):
-        def one(carry, step):
-            p, state = carry
-            updates, state = tx.update(step, state, p)
-            p = optax.apply_updates(p, updates)
-            return (p, state), p
-
-        return jax.lax.scan(one, (p, tx.init(p)), gradients)[1]
-
-    return list(np.asarray(run(jnp.asarray(w, dtype), jnp.asarray(g, dtype)), np.float64))
+    path = scanned(transform(case.rule), jnp.asarray(w, dtype), jnp.asarray(g, dtype))
+    return list(np.asarray(path, np.float64))
 
 
 @each_case

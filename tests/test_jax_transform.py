@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from cases import DEFAULTS, difference, double_precision, stream
+from cases import DEFAULTS, difference, double_precision, scanned, stream
 
 import jax_backend
 from deepopt import Oracle, Rule, rules
@@ -63,19 +63,8 @@ def asarrays(tree: Any, dtype: Any = None) -> Any:
 
 
 def path(tx: optax.GradientTransformation, w: Any, g: Any) -> Any:
-    """The parameters after each step, from one compilation of a scan."""
-
-    @jax.jit
-    def run(w, g):
-        def one(carry, g):
-            w, state = carry
-            updates, state = tx.update(g, state, w)
-            w = optax.apply_updates(w, updates)
-            return (w, state), w
-
-        return jax.lax.scan(one, (w, tx.init(w)), g)[1]
-
-    return run(asarrays(w), asarrays(g))
+    """The parameters after each step."""
+    return scanned(tx, asarrays(w), asarrays(g))
 
 
 @cache

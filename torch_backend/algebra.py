@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepopt.algebra import Algebra, Arrays, Program, apply, constant_array
 from deepopt.expr import Expr, Shape, symbol
-from deepopt.functions import FUNCTIONS, definition_of, static_of
+from deepopt.functions import FUNCTIONS, definition
 from deepopt.oracle import NUMPY
 
 IN_PLACE = {"add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "exp", "log", "sigmoid", "tanh"}
@@ -204,16 +204,11 @@ def _storage(x: Expr) -> Expr:
     if x.op in VIEWS:
         return _storage(x.args[0])
     if x.op == "call" and x["name"] in FUNCTIONS:
-        body, symbols = _definition(x)
+        body, symbols = definition(x)
         source = _storage(body)
         if source in symbols:
             return _storage(x.args[symbols.index(source)])
     return x
-
-
-def _definition(call: Expr) -> tuple[Expr, tuple[Expr, ...]]:
-    static = tuple(sorted(static_of(call).items()))
-    return definition_of(str(call["name"]), tuple(a.shape for a in call.args), static)
 
 
 def _native(
@@ -221,7 +216,7 @@ def _native(
 ) -> Callable[..., Any]:
     """The function of its arguments' values that a node is, a definition compiled in place."""
     if x.op == "call" and getattr(algebra, str(x["name"]), None) is None:
-        body, symbols = _definition(x)
+        body, symbols = definition(x)
         inner = Compiled(Program({"": body}), algebra, donate)
         names = [str(s["name"]) for s in symbols]
         return lambda *args: inner(dict(zip(names, args, strict=True)))[""]
