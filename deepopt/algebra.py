@@ -79,6 +79,8 @@ class Algebra(ABC, Generic[V]):
     @abstractmethod
     def absolute(self, a: V) -> V: ...
     @abstractmethod
+    def floor(self, a: V) -> V: ...
+    @abstractmethod
     def maximum(self, a: V, b: V) -> V: ...
     @abstractmethod
     def minimum(self, a: V, b: V) -> V: ...
@@ -97,6 +99,8 @@ class Algebra(ABC, Generic[V]):
     @abstractmethod
     def sum(self, a: V, axes: tuple[int, ...]) -> V: ...
     @abstractmethod
+    def max(self, a: V, axes: tuple[int, ...]) -> V: ...
+    @abstractmethod
     def reshape(self, a: V, rank: int, shape: Shape) -> V:
         """Replace the last `rank` axes by `shape`."""
 
@@ -106,6 +110,10 @@ class Algebra(ABC, Generic[V]):
 
     @abstractmethod
     def solve(self, a: V, b: V, lower: bool, upper: bool) -> V: ...
+    @abstractmethod
+    def eigenvectors(self, a: V) -> V: ...
+    @abstractmethod
+    def orthonormal(self, a: V) -> V: ...
 
 
 class Arrays(Algebra[V]):
@@ -151,7 +159,7 @@ class Arrays(Algebra[V]):
 def apply(algebra: Algebra[V], x: Expr, args: Sequence[V]) -> V:
     """The value of one node (not an input) from the values of its arguments."""
     match x.op:
-        case "constant" | "array" | "sum":
+        case "constant" | "array" | "sum" | "max":
             attrs: dict[str, Any] = dict(x.attrs)
             if x.op == "array":
                 attrs["shape"] = x.shape
@@ -194,7 +202,7 @@ def constant_array(kind: str, shape: Shape, value: float = 1.0) -> np.ndarray[An
         case "full":
             return np.full(shape, value)
         case "eye":
-            return value * np.eye(shape[0], shape[1])
+            return np.tile(value * np.eye(shape[-2], shape[-1]), (*shape[:-2], 1, 1))
         case "lower" | "strictly_lower":
             return np.tril(np.full(shape, value), 0 if kind == "lower" else -1)
         case "dct":

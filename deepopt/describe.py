@@ -13,6 +13,8 @@ from deepopt.latex import text_of, ticks
 from deepopt.memory import Level
 from deepopt.rule import Rule, checked_rule, traced
 
+# Operations per n³ of a square argument, and per n entries of the result: LAPACK's usual counts.
+PRIMITIVES = {"solve": (2 / 3, 2), "eigenvectors": (9, 0), "orthonormal": (4 / 3, 4 / 3)}
 FREE = {"input", "constant", "array", "reshape", "transpose", "stop_gradient"}
 
 
@@ -21,12 +23,13 @@ def flops(x: Expr) -> int:
     if x.op in FREE:
         return 0
     if x.op == "matmul":
-        return 2 * x.size * x.args[0].shape[1]
-    if x.op == "sum":
+        return 2 * x.size * x.args[0].shape[-1]
+    if x.op in ("sum", "max"):
         return x.args[0].size
-    if x.op == "call" and x["name"] == "solve":
-        n = x.shape[0]
-        return 2 * n**3 // 3 + 2 * n * x.size
+    if x.op == "call" and x["name"] in PRIMITIVES:
+        n, size = x.args[0].shape[-1], x.args[0].size
+        first, second = PRIMITIVES[str(x["name"])]
+        return int(first * n * size + second * n * x.size)
     if x.op == "call":
         return total_flops(Program({"": definition(x)[0]}))
     return x.size

@@ -1,8 +1,8 @@
 """The one node type of the library: an immutable, shape-checked graph of array operations.
 
-The last two axes of a value are a matrix; a backend may put batch axes in front of every shape
-written here. That is why two operands broadcast only when their ranks are equal or one of them is
-a scalar, and why reductions keep their axes.
+The last two axes of a value are a matrix, those before them count matrices (blocks); a backend may
+put batch axes in front of every shape written here. That is why two operands broadcast only when
+their ranks are equal or one of them is a scalar, and why reductions keep their axes.
 """
 
 from __future__ import annotations
@@ -161,9 +161,10 @@ def constant(value: float) -> Expr:
 
 
 def array(kind: str, shape: Shape, value: float = 1.0) -> Expr:
-    """`value` times a constant: 'full' of ones, 'eye', 'dct' (orthonormal DCT-II basis in columns),
-    'lower' (ones on and below the diagonal) or 'strictly_lower'."""
-    if kind not in KINDS or not shape or (kind != "full" and len(shape) != 2):
+    """`value` times a constant: 'full' of ones, 'eye' (or several), 'dct' (orthonormal DCT-II basis
+    in columns), 'lower' (ones on and below the diagonal) or 'strictly_lower'."""
+    ranks = {"full": range(1, 99), "eye": range(2, 99)}.get(kind, range(2, 3))
+    if kind not in KINDS or len(shape) not in ranks:
         raise ValueError(
             f"array({kind!r}, {shape}): the kind must be one of {KINDS}, all but 'full' matrices; "
             "rank 0 is for hyperparameters, use (1, 1)"
@@ -299,11 +300,20 @@ def div(x: Number, y: Number) -> Expr:
 
 def sum_(x: Expr, axes: tuple[int, ...] | None = None) -> Expr:
     """The sum over `axes` (negative; all by default), which stay as axes of size one."""
+    return _reduced("sum", x, axes)
+
+
+def max_(x: Expr, axes: tuple[int, ...] | None = None) -> Expr:
+    """The largest entry over `axes`, as `sum_`; it has no derivative."""
+    return _reduced("max", x, axes)
+
+
+def _reduced(op: str, x: Expr, axes: tuple[int, ...] | None) -> Expr:
     axes = tuple(range(-x.rank, 0)) if axes is None else axes
     if not x.shape or any(not -x.rank <= axis < 0 for axis in axes):
-        raise ValueError(f"sum over axes {axes} of shape {x.shape}: axes count from the end")
+        raise ValueError(f"{op} over axes {axes} of shape {x.shape}: axes count from the end")
     shape = tuple(1 if i - x.rank in axes else n for i, n in enumerate(x.shape))
-    return node("sum", (x,), shape, axes=axes)
+    return node(op, (x,), shape, axes=axes)
 
 
 def reshape(x: Expr, shape: Shape) -> Expr:
@@ -317,13 +327,13 @@ def reshape(x: Expr, shape: Shape) -> Expr:
 
 
 def transpose(x: Expr) -> Expr:
-    if x.rank != 2:
+    if x.rank < 2:
         raise ValueError(f"a transpose needs a matrix, got shape {x.shape}")
     if x.op == "transpose":
         return x.args[0]
     if _is_eye(x):
         return x
-    return node("transpose", (x,), (x.shape[1], x.shape[0]))
+    return node("transpose", (x,), (*x.shape[:-2], x.shape[-1], x.shape[-2]))
 
 
 def stop_gradient(x: Expr) -> Expr:
@@ -333,7 +343,7 @@ def stop_gradient(x: Expr) -> Expr:
 
 def products(*roots: Expr) -> int:
     """Multiply-adds of the matrix products in a graph, shared ones counted once."""
-    return sum(x.size * x.args[0].shape[1] for x in topological(roots) if x.op == "matmul")
+    return sum(x.size * x.args[0].shape[-1] for x in topological(roots) if x.op == "matmul")
 
 
 def topological(roots: Iterable[Expr]) -> list[Expr]:
@@ -369,9 +379,10 @@ def substitute(root: Expr, values: Mapping[Expr, Expr]) -> Expr:
 def matmul(a: Expr, b: Expr) -> Expr:
     """The matrix product, re-associated or distributed once where that costs less.
 
+    Axes in front of the matrices must be the same.
     (m gᵀ) g runs as m (gᵀ g) when g is tall, and (m gᵀ - I) g never forms m gᵀ where that is large.
     """
-    if a.rank != 2 or b.rank != 2 or a.shape[1] != b.shape[0]:
+    if min(a.rank, b.rank) < 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
         raise ValueError(f"cannot multiply matrices of shapes {a.shape} and {b.shape}")
     if _is_eye(a) or _is_eye(b):
         return b if _is_eye(a) else a
@@ -393,7 +404,7 @@ def matmul(a: Expr, b: Expr) -> Expr:
 
 
 def _product(a: Expr, b: Expr) -> Expr:
-    return node("matmul", (a, b), (a.shape[0], b.shape[1]))
+    return node("matmul", (a, b), (*a.shape[:-1], b.shape[-1]))
 
 
 def _is_eye(x: Expr) -> bool:
@@ -407,7 +418,7 @@ def _of_eye(x: Expr) -> bool:
 
 
 def _square(x: Expr) -> bool:
-    return x.shape[0] == x.shape[1]
+    return x.shape[-2] == x.shape[-1]
 
 
 def _unary(op: str) -> Callable[[Number], Expr]:
@@ -434,6 +445,7 @@ sigmoid = _unary("sigmoid")
 tanh = _unary("tanh")
 sign = _unary("sign")
 absolute = _unary("absolute")
+floor = _unary("floor")
 maximum = _binary("maximum")
 minimum = _binary("minimum")
 equal = _binary("equal")

@@ -1,8 +1,8 @@
 """Named functions: defined once in the graph, replaced by a backend that knows better.
 
 A call is one node, so a planner sees `newton_schulz` and not its twenty products. An algebra may
-offer a method of the same name; otherwise it folds the definition. `solve` alone has no definition:
-every algebra must provide it.
+offer a method of the same name; otherwise it folds the definition. `solve`, `eigenvectors` and
+`orthonormal` have no definition: every algebra must provide them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Concatenate, ParamSpec, cast
 from deepopt.expr import (
     Expr,
     Shape,
+    absolute,
     as_expr,
     equal,
     matmul,
+    max_,
+    maximum,
     node,
     sqrt,
     sum_,
@@ -81,11 +84,54 @@ def static_of(call: Expr) -> dict[str, Hashable]:
 
 def solve(a: Expr, b: Expr, *, lower: bool = False, upper: bool = False) -> Expr:
     """a⁻¹b for a square a of full rank; `lower` or `upper` promise that a is triangular."""
-    if a.rank != 2 or a.shape[0] != a.shape[1] or a.shape[0] != b.shape[0]:
-        raise ValueError(f"solve needs a square matrix, got shapes {a.shape} and {b.shape}")
+    _check_square("solve", a)
+    if a.shape[:-1] != b.shape[:-1]:
+        raise ValueError(f"solve of a matrix of shape {a.shape} for {b.shape}")
     if a.shape == (1, 1):
         return b / a
     return node("call", (a, b), b.shape, name="solve", lower=lower, upper=upper)
+
+
+def eigenvectors(a: Expr) -> Expr:
+    """The eigenvectors of a symmetric a as columns, eigenvalues ascending; signs are free."""
+    _check_square("eigenvectors", a)
+    return node("call", (a,), a.shape, name="eigenvectors")
+
+
+def orthonormal(a: Expr) -> Expr:
+    """The factor Q of a = QR for a square a, unique where a has full rank: diag R > 0."""
+    _check_square("orthonormal", a)
+    return node("call", (a,), a.shape, name="orthonormal")
+
+
+def _check_square(name: str, a: Expr) -> None:
+    if a.rank < 2 or a.shape[-2] != a.shape[-1]:
+        raise ValueError(f"{name} needs a square matrix, got shape {a.shape}")
+
+
+@named
+def eigenvalues(a: Expr, v: Expr) -> Expr:
+    """The eigenvalues of a symmetric a with eigenvectors v, as a row."""
+    return sum_(v * matmul(a, v), (-2,))
+
+
+@named
+def inverse_root(a: Expr, v: Expr, floor: Expr, *, p: int) -> Expr:
+    """a^(-1/p) of a symmetric a with eigenvectors v; zero for a zero matrix.
+
+    Eigenvalues below `floor` times the largest count as that, so that a matrix that is singular,
+    or not positive semi-definite by rounding, has a root.
+    """
+    values = eigenvalues(a, v)
+    raised = maximum(values, floor * max_(values, (-1,)))
+    return matmul(v * ratio(as_expr(1.0), maximum(raised, 0.0) ** (1.0 / p)), transpose(v))
+
+
+@named
+def negative_eigenvalues(a: Expr, v: Expr, floor: Expr) -> Expr:
+    """How many eigenvalues of a, with eigenvectors v, are below -floor times the largest."""
+    values = eigenvalues(a, v)
+    return sum_(where(values < -(floor * max_(absolute(values), (-1,))), 1.0, 0.0))
 
 
 @named

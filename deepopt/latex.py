@@ -130,6 +130,9 @@ class Formulas(Algebra[Text]):
     def absolute(self, a: Text) -> Text:
         return Text(f"|{a.text}|")
 
+    def floor(self, a: Text) -> Text:
+        return Text(self._pick(rf"\lfloor {a.text} \rfloor", f"⌊{a.text}⌋"))
+
     def exp(self, a: Text) -> Text:
         return self._function("exp", a)
 
@@ -175,6 +178,9 @@ class Formulas(Algebra[Text]):
     def sum(self, a: Text, axes: tuple[int, ...]) -> Text:
         return Text(f"{self._pick(chr(92) + 'sum', 'Σ')} {a.at(ATOM)}", PREFIX)
 
+    def max(self, a: Text, axes: tuple[int, ...]) -> Text:
+        return self._function("max", a)
+
     def reshape(self, a: Text, rank: int, shape: Shape) -> Text:
         return a
 
@@ -183,6 +189,12 @@ class Formulas(Algebra[Text]):
 
     def solve(self, a: Text, b: Text, lower: bool, upper: bool) -> Text:
         return Text(f"({a.text}){self._pick('^{-1}', '⁻¹')} {b.at(MATRIX)}", MATRIX)
+
+    def eigenvectors(self, a: Text) -> Text:
+        return self._function("eigenvectors", a)
+
+    def orthonormal(self, a: Text) -> Text:
+        return self._function("orthonormal", a)
 
 
 def text_of(x: Expr, style: Style = "plain") -> str:

@@ -146,6 +146,7 @@ class Objective(Generic[M]):
     values: Expr
     loss: Expr
     layers: tuple[Layer, ...]
+    gram: Expr | None = None
 
 
 def dot(memory: M, values: Expr, keys: Expr | None = None) -> Objective[M]:
@@ -159,6 +160,16 @@ def l2(memory: M, values: Expr, keys: Expr | None = None) -> Objective[M]:
     answer, layers = memory.read(keys)
     error = answer - values
     return Objective("l2", memory, keys, values, 0.5 * sum_(error * error), layers)
+
+
+def l2_of_moments(memory: Linear, gram: Expr, cross: Expr) -> Objective[Linear]:
+    """The l2 objective of keys X and values V that are known by XᵀX (`gram`) and XᵀV (`cross`).
+
+    Up to the constant ½‖V‖²: all that a write of a linear memory needs of many keys.
+    """
+    w = memory.weight
+    loss = 0.5 * sum_(w * (gram @ w)) - sum_(cross * w)
+    return Objective("l2", memory, None, cross, loss, (), gram)
 
 
 @dataclass(frozen=True)
@@ -254,6 +265,21 @@ def write(
     return memory.rebuilt(new)
 
 
+def descent(objective: Objective[M], rate: Number, solver: Literal["explicit", "prox"]) -> Expr:
+    """The direction d of a write without decay to the only parameter: new = old - rate·d.
+
+    "explicit": the gradient ∇. "prox": (I + ηXᵀX)⁻¹∇, exact for an l2 objective on a Linear
+    memory, and the gradient where the rate η is zero.
+    """
+    (old,) = objective.memory.parameters
+    (d,) = grad(objective.loss, [old])
+    if solver == "prox":
+        gram = _gram(objective)
+        d = solve(array("eye", gram.shape) + as_expr(rate) * gram, d)
+    _record(objective, as_expr(1.0), as_expr(rate), solver, (d,))
+    return d
+
+
 def average(m: Expr, value: Expr, retention: Number) -> Expr:
     """The exponential moving average: a dot-product memory of `value` with rate 1 - retention."""
     return write(dot(Table(m), value), retention=retention, rate=1.0 - as_expr(retention)).value
@@ -263,21 +289,30 @@ def _normalized(rate: Expr, layer: Layer) -> Expr:
     return ratio(rate * array("full", (1, 1)), sum_(layer.inputs * layer.inputs))
 
 
+def _gram(objective: Objective[M]) -> Expr:
+    """XᵀX of the keys of an l2 objective on a Linear memory."""
+    keys, gram = objective.keys, objective.gram
+    if isinstance(objective.memory, Linear) and objective.kind == "l2":
+        if gram is not None:
+            return gram
+        if keys is not None:
+            return keys.mT @ keys
+    raise ValueError(
+        f"solver='prox' is exact for an l2 objective on a Linear memory, "
+        f"not for {objective.kind} on {type(objective.memory).__name__}"
+    )
+
+
 def _proximal(objective: Objective[M], retention: Expr, rate: Expr) -> Expr:
     """(I + ηXᵀX)⁻¹(αW + ηXᵀV), by the smaller of the two Gram matrices of the keys X."""
-    memory, keys, values = objective.memory, objective.keys, objective.values
-    if not isinstance(memory, Linear) or objective.kind != "l2" or keys is None:
-        raise ValueError(
-            f"solver='prox' is exact for an l2 objective on a Linear memory, "
-            f"not for {objective.kind} on {type(memory).__name__}"
-        )
-    count, width = keys.shape
-    kept = retention * memory.weight
-    if width <= count:
-        gram = array("eye", (width, width)) + rate * (keys.mT @ keys)
-        return solve(gram, kept + rate * (keys.mT @ values))
-    gram = array("eye", (count, count)) + rate * (keys @ keys.mT)
-    return kept + rate * (keys.mT @ solve(gram, values - keys @ kept))
+    gram, keys, values = _gram(objective), objective.keys, objective.values
+    kept = retention * objective.memory.parameters[0]
+    if keys is None or keys.shape[1] <= keys.shape[0]:
+        cross = values if keys is None else keys.mT @ values
+        return solve(array("eye", gram.shape) + rate * gram, kept + rate * cross)
+    small = keys @ keys.mT
+    system = array("eye", small.shape) + rate * small
+    return kept + rate * (keys.mT @ solve(system, values - keys @ kept))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ class NumPy(Arrays[Any]):
     def absolute(self, a: Any) -> Any:
         return np.abs(a)
 
+    def floor(self, a: Any) -> Any:
+        return np.floor(a)
+
     def maximum(self, a: Any, b: Any) -> Any:
         return np.maximum(a, b)
 
@@ -63,8 +66,21 @@ class NumPy(Arrays[Any]):
     def sum(self, a: Any, axes: tuple[int, ...]) -> Any:
         return np.sum(a, axis=axes, keepdims=True)
 
+    def max(self, a: Any, axes: tuple[int, ...]) -> Any:
+        return np.max(a, axis=axes, keepdims=True, initial=-np.inf)
+
     def solve(self, a: Any, b: Any, lower: bool, upper: bool) -> Any:
         return cast(Any, np.linalg.solve(a, b))
+
+    def eigenvectors(self, a: Any) -> Any:
+        # LAPACK gives up on what is not finite; a NaN must stay one.
+        known = np.isfinite(a).all((-2, -1), keepdims=True)
+        v = np.linalg.eigh(np.where(known, a, 0.0)).eigenvectors
+        return np.where(known, v, np.nan)
+
+    def orthonormal(self, a: Any) -> Any:
+        q, r = np.linalg.qr(a)
+        return q * np.where(np.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]
 
 
 NUMPY = NumPy()
@@ -93,27 +109,44 @@ class Oracle:
             self.state.append({k: s.start() for k, s in rule.all_slots(shape).items()})
 
     def step(
-        self, parameters: Sequence[Any], gradients: Sequence[Any], **scalars: Any
+        self,
+        parameters: Sequence[Any],
+        gradients: Sequence[Any],
+        context: Sequence[Mapping[str, Any]] | None = None,
+        **scalars: Any,
     ) -> list[Array]:
-        """The parameters after one step; `scalars` (such as lr) stand in for the rule's own."""
+        """The parameters after one step; `scalars` (such as lr) stand in for the rule's own.
+
+        context: for each parameter what its rule needs beyond the gradient, by name.
+        """
         shapes = [np.shape(w) for w in parameters], [np.shape(g) for g in gradients]
         if shapes[0] != shapes[1] or len(parameters) != len(self.state):
             raise ValueError(
                 f"parameters of shapes {shapes[0]} and gradients of shapes {shapes[1]} for an "
                 f"oracle of {len(self.state)} parameters"
             )
+        nothing: dict[str, Any] = {}
+        given = [nothing] * len(parameters) if context is None else context
+        if len(given) != len(parameters):
+            raise ValueError(f"context for {len(given)} of {len(parameters)} parameters")
         check_hyperparameters(type(self.rule), scalars)
         rule = replace(self.rule, **scalars)
         values: Mapping[str, float] = rule.scalars()
         count = self.count + 1
+        norm = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in gradients))
+        shared = {**values, "step": float(count), "gradient_norm": norm}
         result: list[Array] = []
         state: list[dict[str, Array]] = []
-        for i, (w, g, s) in enumerate(zip(parameters, gradients, self.state, strict=True)):
+        for i, (w, g, s, c) in enumerate(
+            zip(parameters, gradients, self.state, given, strict=True)
+        ):
             w = np.asarray(w, np.float64)
             shape = canonical(w.shape)
             program = trace(rule, shape, rule.ticks(count, index=i))
             inputs = {"w": w.reshape(shape), "g": np.asarray(g, np.float64).reshape(shape)}
-            out = fold(program, NUMPY, {**inputs, **s, **values, "step": float(count)})
+            inputs |= {k: np.asarray(x, np.float64) for k, x in c.items()}
+            rule.check_context(shape, {k: x.shape for k, x in inputs.items()}, f"parameter {i}")
+            out = fold(program, NUMPY, {**inputs, **s, **shared})
             out.pop("direction", None)
             update = out.pop("update", None)
             result.append(w if update is None else w + update.reshape(w.shape))

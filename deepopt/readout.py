@@ -5,12 +5,13 @@ from __future__ import annotations
 from math import sqrt
 from typing import Literal, TypeAlias
 
-from deepopt.expr import Expr, Number, maximum
+from deepopt.expr import Expr, Number, maximum, sign
 from deepopt.expr import sqrt as square_root
 from deepopt.functions import mean, newton_schulz, ratio, unit_rms
+from deepopt.rule import Symmetries, symmetric
 
 Coefficients: TypeAlias = Literal["quintic", "cubic"]
-Output: TypeAlias = Literal["newton_schulz", "identity"]
+Output: TypeAlias = Literal["newton_schulz", "identity", "sign", "rms"]
 Scale: TypeAlias = Literal["rms", "spectral", "none"]
 
 # RMS of an AdamW step per coordinate and unit of lr, as Moonshot measured it for Muon.
@@ -40,13 +41,50 @@ def scaled(x: Expr, scale: Scale, *, orthogonal: bool) -> Expr:
 
 
 def read_out(x: Expr, output: Output, scale: Scale, steps: int, coefficients: Coefficients) -> Expr:
-    """The output map σ of paper Eq. 52, identity or Newton-Schulz, and the scale."""
-    if output == "identity":
-        return scaled(x, scale, orthogonal=False)
-    if output != "newton_schulz":
-        raise ValueError(f"output={output!r} must be 'newton_schulz' or 'identity'")
-    x = newton_schulz(x, steps=steps, coefficients=coefficients)
-    return scaled(x, scale, orthogonal=True)
+    """The output map σ of paper Eq. 52, and the scale."""
+    orthogonal = output == "newton_schulz"
+    return scaled(mapped(x, output, steps, coefficients), scale, orthogonal=orthogonal)
+
+
+def mapped(x: Expr, output: Output, steps: int, coefficients: Coefficients) -> Expr:
+    """σ(x): x itself, its sign, x at root mean square one, or x orthogonalised."""
+    match output:
+        case "identity":
+            return x
+        case "sign":
+            return sign(x)
+        case "rms":
+            return unit_rms(x)
+        case "newton_schulz":
+            return newton_schulz(x, steps=steps, coefficients=coefficients)
+        case _:  # pyright: ignore[reportUnnecessaryComparison]
+            raise ValueError(
+                f"output={output!r} must be 'newton_schulz', 'identity', 'sign' or 'rms'"
+            )
+
+
+# The symmetries of sums of gradients, and of functions of each entry alone.
+LINEAR: Symmetries = symmetric(
+    "odd", "permutation", "transposition", "left rotation", "right rotation", "degree 1"
+)
+ELEMENTWISE: Symmetries = symmetric("odd", "permutation", "transposition")
+ROTATIONS: Symmetries = symmetric("left rotation", "right rotation")
+DEGREES: Symmetries = symmetric("degree -1", "degree 0", "degree 1")
+DEGREE_0: Symmetries = symmetric("degree 0")
+
+
+def through(symmetries: Symmetries, output: Output, scale: Scale) -> Symmetries:
+    """What of a memory's symmetries is left in its read-out."""
+    left = symmetries
+    if output == "sign":
+        left = left - ROTATIONS
+    if output == "newton_schulz":
+        left = left - {"permutation"}
+    if scale == "spectral":
+        left = left - {"transposition"}
+    if left & DEGREES and (output != "identity" or scale == "rms"):
+        left = (left - DEGREES) | DEGREE_0
+    return left
 
 
 def over_root(x: Expr, v: Expr, floor: Number, eps: Number) -> Expr:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
@@ -31,11 +31,12 @@ from deepopt.memory import Level, recording
 
 @dataclass(frozen=True)
 class Domain:
-    """The values that a hyperparameter may take; scalars are symbols in a trace."""
+    """The values that a hyperparameter may take; scalars are symbols in a trace, others static."""
 
     text: str
     holds: Callable[[Any], bool]
     scalar: bool = True
+    number: bool = True
 
 
 _finite = Domain("a finite number", math.isfinite)
@@ -54,6 +55,20 @@ Scalars: TypeAlias = Annotated[Number | tuple[Number, ...], _finite]
 Retentions: TypeAlias = Annotated[Number | tuple[Number, ...], _retention]
 Periods: TypeAlias = Annotated[int | tuple[int, ...], _period]
 Betas: TypeAlias = Annotated[tuple[Number, Number], _retention]
+
+# What a rule promises of its direction d on streams of gradients: d(-g) = -d(g); the same for
+# entries in another order; d(gᵀ) = d(g)ᵀ; d(Qg) = Q d(g) and d(gQ) = d(g) Q for orthogonal Q; and
+# d(cg) = c^degree d(g) for c > 0, as far as `eps` is zero.
+Symmetry: TypeAlias = Literal[
+    "odd",
+    "permutation",
+    "transposition",
+    "left rotation",
+    "right rotation",
+    "degree -1",
+    "degree 0",
+    "degree 1",
+]
 
 
 @dataclass(frozen=True)
@@ -85,11 +100,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Time:
-    """The step being taken (a symbol, from 1) and the clocks that tick at its end."""
+    """The step being taken (a symbol, from 1) and the clocks that tick at its end.
+
+    norm: the Frobenius norm of all gradients of the step together, of every parameter.
+    """
 
     step: Expr
     ticking: frozenset[str]
     clocks: frozenset[str]
+    norm: Expr = field(default_factory=lambda: symbol("gradient_norm"))
 
     def when(self, clock: str, new: Expr, old: Expr) -> Expr:
         """new on the steps on which the clock ticks, else old. ValueError for an unknown clock."""
@@ -98,8 +117,17 @@ class Time:
         return new if clock in self.ticking else old
 
 
+Symmetries: TypeAlias = frozenset[Symmetry]
+
+
+def symmetric(*names: Symmetry) -> Symmetries:
+    """A set of symmetries."""
+    return frozenset(names)
+
+
 Memories: TypeAlias = Mapping[str, Expr]
-Update: TypeAlias = tuple[Expr, dict[str, Expr]]
+# A direction and the new memories, and where a rule has one, a move of w that lr does not scale.
+Update: TypeAlias = tuple[Expr, dict[str, Expr]] | tuple[Expr, dict[str, Expr], Expr]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -141,13 +169,37 @@ class Rule(_Frozen, ABC):
     def __post_init__(self) -> None:
         for name, hint in hints(type(self)).items():
             _validate(f"{type(self).__name__}({name}=", getattr(self, name), hint)
+        if self.every > 1 and self.context((1, 1)):
+            raise ValueError(
+                f"{type(self).__name__}(every={self.every!r}): its {[*self.context((1, 1))]} go by "
+                "the gradients of one step; accumulate gradients in the loop instead"
+            )
+        self.clocks()
 
     @abstractmethod
     def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
         """The direction to step against and the new memories, for one parameter of g's shape."""
 
+    def change(self, w: Expr, direction: Expr, shift: Expr | None = None) -> Expr:
+        """What is added to w: -lr·(direction + weight_decay·w), and the shift."""
+        decayed = direction + self.weight_decay * w if self.decoupled else direction
+        change = -(self.lr * decayed)
+        return change if shift is None else shift + change
+
+    def symmetries(self) -> Symmetries:
+        """What the rule promises of its direction, weight decay aside."""
+        return frozenset()
+
     def slots(self, shape: Shape) -> dict[str, Slot]:
         """The memories of a parameter of this shape, by name."""
+        del shape
+        return {}
+
+    def context(self, shape: Shape) -> dict[str, Shape]:
+        """What the rule needs of a parameter of this shape beyond its gradient: names and shapes.
+
+        They stand beside the memories in `update`.
+        """
         del shape
         return {}
 
@@ -177,6 +229,15 @@ class Rule(_Frozen, ABC):
                 f"{type(self).__name__} needs matrices; {what} has shape {tuple(shape)}. "
                 "Give it a rule for any shape, such as AdamW, in a group of its own"
             )
+
+    def check_context(self, shape: Shape, given: Mapping[str, Shape], what: str) -> None:
+        """Raise ValueError where the context of a parameter is missing or of another shape."""
+        for name, needed in self.context(shape).items():
+            if given.get(name) != needed:
+                found = f"got shape {given[name]}" if name in given else "there is none"
+                raise ValueError(
+                    f"{type(self).__name__} needs the {name} of {what}, of shape {needed}: {found}"
+                )
 
     def scalars(self, **given: Any) -> dict[str, float]:
         """The values of the symbols by input name; `given` ones instead of the rule's own."""
@@ -249,7 +310,8 @@ def _validate(label: str, value: Any, hint: Any) -> None:
         given = isinstance(value, tuple) and several
         values = cast(tuple[Any, ...], value if given else (value,))
         fits = len(values) == length if length else len(values) > 0
-        if not fits or not all(_is_number(v) and domain.holds(v) for v in values):
+        typed = all(_is_number(v) or not domain.number for v in values)
+        if not fits or not typed or not all(domain.holds(v) for v in values):
             wrong = f"{length} numbers, each " * bool(length) + domain.text
             wrong += ", or a tuple of such" * (several and not length)
     elif get_origin(hint) is Literal:
@@ -298,6 +360,7 @@ _traces: dict[tuple[Any, ...], tuple[Program, tuple[Level, ...]]] = {}
 def trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
     """The program of one step: outputs "direction", "update" (to add to w) and the new memories.
 
+    A rule that moves w in another way than along a direction has no "direction".
     Cached by the rule's static fields, the shape and the clocks that tick; a memory that a step
     leaves alone is not an output, and a step without update has only "gradient_sum".
     """
@@ -317,8 +380,9 @@ def traced(rule: Rule, shape: Shape, ticking: frozenset[str]) -> tuple[Program, 
 def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
     w, g, step = symbol("w", shape), symbol("g", shape), symbol("step")
     slots, clocks = rule.all_slots(shape), rule.clocks()
-    _check_names(rule, slots, clocks)
-    s = _Slots({name: symbol(name, slot.shape) for name, slot in slots.items()})
+    shapes = {name: slot.shape for name, slot in slots.items()} | rule.context(shape)
+    _check_names(rule, shapes, slots, clocks)
+    s = _Slots({name: symbol(name, x) for name, x in shapes.items()})
     if rule.every > 1:
         g = s["gradient_sum"] + g
         if "every" not in ticking:
@@ -332,7 +396,7 @@ def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
             f"{type(rule).__name__}.update must return (direction, {{name: memory}}) of nodes, got "
             f"{result!r}"
         )
-    direction, memories = cast(Update, result)
+    direction, memories, *shift = cast(Update, result)
     forgotten = set(slots) - set(memories) - {"gradient_sum"}
     if forgotten:
         raise ValueError(
@@ -351,12 +415,20 @@ def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
             f"{type(rule).__name__}.update returned a direction of shape {direction.shape} for a "
             f"parameter of shape {shape}"
         )
-    decayed = direction + rule.weight_decay * w if rule.decoupled else direction
-    outputs = {"direction": direction, "update": -(rule.lr * decayed)}
+    outputs = {"direction": direction, "update": rule.change(w, direction, *shift)}
+    if shift:
+        # There is no direction that lr alone would scale.
+        del outputs["direction"]
     outputs |= {name: new for name, new in memories.items() if new is not s[name]}
     if rule.every > 1:
         outputs["gradient_sum"] = array("full", shape, 0.0)
-    return Program(outputs)
+    program = Program(outputs)
+    if rule.every > 1 and "gradient_norm" in program.inputs:
+        raise ValueError(
+            f"{type(rule).__name__}(every={rule.every!r}): the norm of a sum over several steps is "
+            "not known; accumulate gradients in the loop instead"
+        )
+    return program
 
 
 class _Slots(dict[str, Expr]):
@@ -367,20 +439,22 @@ class _Slots(dict[str, Expr]):
 
 
 def _is_update(x: Any) -> bool:
-    if not isinstance(x, tuple) or len(cast(tuple[Any, ...], x)) != 2:
+    if not isinstance(x, tuple) or len(cast(tuple[Any, ...], x)) not in (2, 3):
         return False
-    direction, memories = cast(tuple[Any, Any], x)
+    direction, memories, *shift = cast(tuple[Any, ...], x)
     return isinstance(memories, dict) and all(
-        isinstance(y, Expr) for y in (direction, *cast(dict[str, Any], memories).values())
+        isinstance(y, Expr) for y in (direction, *cast(dict[str, Any], memories).values(), *shift)
     )
 
 
-def _check_names(rule: Rule, slots: Mapping[str, Slot], clocks: Mapping[str, int]) -> None:
+def _check_names(
+    rule: Rule, names: Iterable[str], slots: Mapping[str, Slot], clocks: Mapping[str, int]
+) -> None:
     """Inputs, outputs and clocks share name spaces with a rule's own names."""
     name = type(rule).__name__
     own = {f.name for f in fields(rule)}
-    reserved = {"w", "g", "step", "direction", "update"}
-    taken = (reserved & (own | set(slots))) | (own & set(slots))
+    reserved = {"w", "g", "step", "gradient_norm", "direction", "update"}
+    taken = (reserved & (own | set(names))) | (own & set(names))
     if taken:
         raise ValueError(f"{name}: {sorted(taken)} names two things; rename the memory or field")
     if "every" in clocks or any(period < 1 for period in clocks.values()):

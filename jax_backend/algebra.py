@@ -22,6 +22,7 @@ class Jax(Arrays[Any]):
     tanh: Any = staticmethod(jnp.tanh)
     sign: Any = staticmethod(jnp.sign)
     absolute: Any = staticmethod(jnp.abs)
+    floor: Any = staticmethod(jnp.floor)
     maximum: Any = staticmethod(jnp.maximum)
     minimum: Any = staticmethod(jnp.minimum)
     where: Any = staticmethod(jnp.where)
@@ -46,7 +47,17 @@ class Jax(Arrays[Any]):
     def sum(self, a: Any, axes: tuple[int, ...]) -> jax.Array:
         return jnp.sum(a, axis=axes, keepdims=True)
 
+    def max(self, a: Any, axes: tuple[int, ...]) -> jax.Array:
+        return jnp.max(a, axis=axes, keepdims=True, initial=-jnp.inf)
+
     def solve(self, a: Any, b: Any, lower: bool, upper: bool) -> jax.Array:
         if lower or upper:
             return jax.scipy.linalg.solve_triangular(a, b, lower=lower)
         return jnp.linalg.solve(a, b)
+
+    def eigenvectors(self, a: Any) -> jax.Array:
+        return jnp.linalg.eigh(a).eigenvectors
+
+    def orthonormal(self, a: Any) -> jax.Array:
+        q, r = jnp.linalg.qr(a)
+        return q * jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]

@@ -61,6 +61,9 @@ class Torch(Arrays[Any]):
     def absolute(self, a: Any) -> Any:
         return torch.abs(a)
 
+    def floor(self, a: Any) -> Any:
+        return torch.floor(a)
+
     def maximum(self, a: Any, b: Any) -> Any:
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             return torch.maximum(a, b)
@@ -81,10 +84,26 @@ class Torch(Arrays[Any]):
     def sum(self, a: Any, axes: tuple[int, ...]) -> Any:
         return torch.sum(a, dim=axes, keepdim=True)
 
+    def max(self, a: Any, axes: tuple[int, ...]) -> Any:
+        if not a.numel():
+            return torch.sum(a, dim=axes, keepdim=True)
+        return torch.amax(a, dim=axes, keepdim=True)
+
     def solve(self, a: Any, b: Any, lower: bool, upper: bool) -> Any:
         if lower or upper:
             return torch.linalg.solve_triangular(a, b, upper=upper)
         return torch.linalg.solve_ex(a, b).result
+
+    def eigenvectors(self, a: Any) -> Any:
+        # LAPACK gives up on what is not finite; a NaN must stay one.
+        known = torch.isfinite(a).all(-1, keepdim=True).all(-2, keepdim=True)
+        v = torch.linalg.eigh(torch.where(known, a, 0.0)).eigenvectors
+        return torch.where(known, v, torch.nan)
+
+    def orthonormal(self, a: Any) -> Any:
+        q, r = torch.linalg.qr(a)
+        signs = torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
+        return q * signs.unsqueeze(-2)
 
 
 @lru_cache(maxsize=256)
@@ -223,7 +242,7 @@ def _native(
     if x.op == "array":
         value = apply(algebra, x, ())
         return lambda: value
-    if x.op in ("constant", "sum", "reshape", "call"):
+    if x.op in ("constant", "sum", "max", "reshape", "call"):
         return lambda *args: apply(algebra, x, args)
     return getattr(algebra, x.op)
 

@@ -4,15 +4,41 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from deepopt.expr import Expr, array, reshape
-from deepopt.functions import unit, unit_rms
-from deepopt.memory import MLP, Linear, Table, average, dot, l2, write
-from deepopt.readout import Coefficients, Output, Scale, read_out
-from deepopt.rule import Memories, Period, Rate, Retention, Rule, Slot, Time, Update
+import numpy as np
+
+from deepopt.algebra import Program, fold
+from deepopt.expr import Expr, absolute, array, reshape, sign, sqrt, symbol
+from deepopt.functions import ratio, unit, unit_rms
+from deepopt.kronecker import Kronecker
+from deepopt.memory import MLP, Linear, Objective, Table, average, dot, l2, write
+from deepopt.oracle import NUMPY
+from deepopt.readout import (
+    DEGREE_0,
+    ELEMENTWISE,
+    LINEAR,
+    Coefficients,
+    Output,
+    Scale,
+    read_out,
+    through,
+)
+from deepopt.rule import (
+    Memories,
+    Period,
+    Rate,
+    Retention,
+    Rule,
+    Scalars,
+    Slot,
+    Symmetries,
+    Time,
+    Update,
+    symmetric,
+)
 
 
 class HeavyBall(Rule):
-    """Gradient descent with heavy-ball momentum, Nesterov's form by a switch.
+    """Gradient descent with heavy-ball momentum.
 
     Memory: a table of the gradient's shape without keys; values gradients, dot-product objective,
     written every step at rate 1.
@@ -33,6 +59,206 @@ class HeavyBall(Rule):
         m = write(dot(Table(s["momentum_buffer"]), g), retention=self.momentum).value
         d = g + self.momentum * m if self.nesterov else m
         return d, {"momentum_buffer": m}
+
+    def symmetries(self) -> Symmetries:
+        return LINEAR
+
+
+class Nesterov(HeavyBall):
+    """Gradient descent with Nesterov's momentum: heavy ball, read one step ahead.
+
+    Memory: a table of the gradient's shape without keys; values gradients, dot-product objective,
+    written every step at rate 1.
+    lr: weight per unit of summed gradient. momentum: retention of the memory per step.
+    nesterov: False is `HeavyBall`.
+    Shapes: any; the memory has the parameter's.
+    Source: Nesterov 1983 in the form of Sutskever et al. 2013.
+    """
+
+    nesterov: bool = True
+
+
+class Signum(Rule):
+    """The sign of the momentum.
+
+    Memory: a table without keys; values gradients, dot-product objective, written every step and
+    read through σ = sign (paper Eq. 52).
+    lr: size of a step per coordinate. momentum: retention of the memory per step.
+    Shapes: any; the memory has the parameter's.
+    Source: Bernstein et al. 2018; as a memory, paper App. B (reading ours).
+    """
+
+    momentum: Retention = 0.9
+
+    def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
+        return {"momentum_buffer": Slot(shape)}
+
+    def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+        m = average(s["momentum_buffer"], g, self.momentum)
+        return sign(m), {"momentum_buffer": m}
+
+    def symmetries(self) -> Symmetries:
+        return ELEMENTWISE | DEGREE_0
+
+
+class PreconditionedMomentum(Rule):
+    """Momentum of a preconditioned gradient: the memory maps g to the values P.
+
+    Memory: a table; values P·g, which is the dot-product objective ⟨m gᵀ, P⟩ with gradients as keys
+    and P as values; written every step.
+    lr: root mean square of a step is 0.2·lr per coordinate (scale "rms").
+    momentum: retention α per step. rate: inner learning rate η.
+    preconditioner: P. "diagonal", one over the root of an average of g², as Adam's; "kronecker",
+        L^(-1/4) on the rows and R^(-1/4) on the columns, of averages of gᵀg and its transpose;
+        "given", a matrix on the rows, such as inverse curvature.
+    beta2: retention of those averages per step. eps: added to the diagonal root, in units of
+        gradient. floor: least eigenvalue as a share of the largest. period: updates between
+        refreshes of the roots, which are the identity before the first. block: longest side of a
+        factor; longer sides are cut into equal blocks.
+    output, steps, coefficients, scale: the read-out, see `readout.read_out`.
+    Context: preconditioner, r × r, where it is "given".
+    Shapes: parameter and memory r × c; diagonal r × c; factors k × b × b for k blocks of b. Raises
+    ValueError where the parameter is not a matrix, or a given P is missing or of another shape.
+    Eq. 47 as printed: output="identity", scale="none".
+    Source: paper Eq. 46-47, with the α that the text names; sources of P and the scale are ours.
+    """
+
+    lr: Rate = 1e-2
+    momentum: Retention = 0.9
+    rate: Rate = 1.0
+    preconditioner: Literal["diagonal", "kronecker", "given"] = "diagonal"
+    beta2: Retention = 0.95
+    eps: Rate = 1e-8
+    floor: Rate = 1e-4
+    period: Period = 10
+    block: Period = 1024
+    output: Output = "identity"
+    coefficients: Coefficients = "quintic"
+    steps: Period = 5
+    scale: Scale = "rms"
+    domain: ClassVar[Literal["any", "matrix"]] = "matrix"
+
+    def clocks(self) -> dict[str, int]:
+        return {"root": self.period} if self.preconditioner == "kronecker" else {}
+
+    def context(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        given = self.preconditioner == "given"
+        return {"preconditioner": (shape[-2], shape[-2])} if given else {}
+
+    def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
+        slots = {"momentum_buffer": Slot(shape)}
+        if self.preconditioner == "diagonal":
+            slots["exp_avg_sq"] = Slot(shape)
+        if self.preconditioner == "kronecker":
+            sides = Kronecker(shape, "both", self.block)
+            slots |= sides.slots() | sides.slots("_root", "eye", "root")
+            slots["negatives"] = Slot((1, 1), clock="root")
+        return slots
+
+    def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+        value, memories = self._preconditioned(g, s, t)
+        objective = dot(Table(s["momentum_buffer"]), value)
+        m = write(objective, retention=self.momentum, rate=self.rate).value
+        d = read_out(m, self.output, self.scale, self.steps, self.coefficients)
+        return d, memories | {"momentum_buffer": m}
+
+    def _preconditioned(self, g: Expr, s: Memories, t: Time) -> tuple[Expr, dict[str, Expr]]:
+        correction = 1.0 - self.beta2**t.step
+        match self.preconditioner:
+            case "given":
+                return s["preconditioner"] @ g, {}
+            case "diagonal":
+                v = average(s["exp_avg_sq"], g * g, self.beta2)
+                return ratio(g, sqrt(v / correction) + self.eps), {"exp_avg_sq": v}
+            case "kronecker":
+                sides = Kronecker(g.shape, "both", self.block)
+                grams = sides.averages(s, g, self.beta2)
+                read = {k: x / correction for k, x in grams.items()}
+                roots, memories = sides.refreshed(read, self.floor, s, t)
+                return sides.apply(g, roots), grams | memories
+
+    def symmetries(self) -> Symmetries:
+        match self.preconditioner:
+            case "given":
+                own = symmetric("odd", "right rotation", "degree 1")
+            case "diagonal":
+                own = ELEMENTWISE | DEGREE_0
+            case "kronecker":
+                own = (LINEAR - {"permutation", "degree 1"}) | DEGREE_0
+        return through(own, self.output, self.scale)
+
+
+class FeatureMomentum(Rule):
+    """Momentum of a feature map of the gradient.
+
+    Memory: a table; values φ(g), which is the dot-product objective ⟨m φ(g)ᵀ, I⟩ with φ(g) as keys;
+    written every step.
+    lr: root mean square of a step is 0.2·lr per coordinate (scale "rms").
+    momentum: retention α per step. rate: inner learning rate η.
+    feature: φ. "sign_power", sign(g)·|g|^power per entry (power 0 is the sign, 1 the identity);
+        "polynomial", Σₖ polynomial[k]·(g gᵀ)ᵏ g.
+    power: its exponent. polynomial: its coefficients, each per gradient^(2k + 1).
+    output, steps, coefficients, scale: the read-out, see `readout.read_out`.
+    A subclass may define another `phi`. It must be odd: an even map has no sign, so what it adds
+    up does not descend. Raises ValueError for one that is not, and where the parameter is not a
+    matrix.
+    Shapes: parameter and memory r × c.
+    Eq. 51 as printed: output="identity", scale="none".
+    Source: paper Eq. 51; the two maps and the scale are ours.
+    """
+
+    lr: Rate = 1e-2
+    momentum: Retention = 0.9
+    rate: Rate = 1.0
+    feature: Literal["sign_power", "polynomial"] = "sign_power"
+    power: Rate = 0.5
+    polynomial: Scalars = (1.0, 1.0)
+    output: Output = "identity"
+    coefficients: Coefficients = "quintic"
+    steps: Period = 5
+    scale: Scale = "rms"
+    domain: ClassVar[Literal["any", "matrix"]] = "matrix"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        x = np.arange(1.0, 13.0).reshape(3, 4) * np.array([1.0, -1.0, 1.0, -1.0]) / 7.0
+        program = Program({"": self.phi(symbol("g", x.shape))})
+        plus, minus = (fold(program, NUMPY, {"g": sign * x})[""] for sign in (1.0, -1.0))
+        if np.abs(plus + minus).max() > 1e-9 * np.abs(plus).max():
+            raise ValueError(
+                f"{self!r}: phi must be odd, phi(-g) = -phi(g); at g = {x[0, 0]:.3g}, … it is "
+                f"{plus[0, 0]:.3g} and at -g {minus[0, 0]:.3g}. An even feature does not descend"
+            )
+
+    def phi(self, g: Expr) -> Expr:
+        """The feature map: odd, of g's shape."""
+        if self.feature == "sign_power":
+            return sign(g) * absolute(g) ** self.power
+        several = self.polynomial if isinstance(self.polynomial, tuple) else (self.polynomial,)
+        term, total = g, several[0] * g
+        for coefficient in several[1:]:
+            term = g @ g.mT @ term
+            total = total + coefficient * term
+        return total
+
+    def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
+        return {"momentum_buffer": Slot(shape)}
+
+    def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+        objective = dot(Table(s["momentum_buffer"]), self.phi(g))
+        m = write(objective, retention=self.momentum, rate=self.rate).value
+        d = read_out(m, self.output, self.scale, self.steps, self.coefficients)
+        return d, {"momentum_buffer": m}
+
+    def symmetries(self) -> Symmetries:
+        own = ELEMENTWISE
+        if type(self).phi is not FeatureMomentum.phi:
+            own = symmetric("odd")
+        elif self.feature == "polynomial":
+            own = LINEAR - {"permutation", "degree 1"}
+        elif self.scale == "rms" or self.output != "identity":
+            own = ELEMENTWISE | DEGREE_0
+        return through(own, self.output, self.scale)
 
 
 class DeltaMomentum(Rule):
@@ -76,19 +302,29 @@ class DeltaMomentum(Rule):
 
     def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
         key = unit(g) if self.normalize else g
-        seen = {"matrix": g.shape, "flat": (1, g.size), "scalar": (g.size, 1)}[self.view]
-        keys, memory = reshape(key, seen), Linear(reshape(s["momentum_buffer"], seen).mT)
-        objective = l2(memory, array("eye", (seen[0], seen[0])), keys)
+        goal = recall(s["momentum_buffer"], key, self.view)
         if self.solver == "explicit" and self.decay == "literal":
             # Eq. 49 as printed scales what it adds by η, and what it erases by 1.
-            erased = write(l2(memory, objective.values, keys), retention=self.momentum)
-            m = erased.weight.mT - (1.0 - self.rate) * keys
+            m = reshape(write(goal, retention=self.momentum).weight.mT, g.shape)
+            m = m - (1.0 - self.rate) * key
         else:
-            new = write(objective, retention=self.momentum, rate=self.rate, solver=self.solver)
-            m = new.weight.mT
-        m = reshape(m, g.shape)
+            new = write(goal, retention=self.momentum, rate=self.rate, solver=self.solver)
+            m = reshape(new.weight.mT, g.shape)
         d = read_out(m, self.output, self.scale, self.steps, self.coefficients)
         return d, {"momentum_buffer": m}
+
+    def symmetries(self) -> Symmetries:
+        own = LINEAR - {"degree 1"}
+        if self.view == "matrix":
+            own = own - {"permutation", "transposition"}
+        return through(own | DEGREE_0 if self.normalize else own, self.output, self.scale)
+
+
+def recall(m: Expr, key: Expr, view: Literal["matrix", "flat", "scalar"]) -> Objective[Linear]:
+    """That the memory m of gradients should answer I to the rows of a key, seen as `view` says."""
+    seen = {"matrix": key.shape, "flat": (1, key.size), "scalar": (key.size, 1)}[view]
+    identity = array("eye", (seen[0], seen[0]))
+    return l2(Linear(reshape(m, seen).mT), identity, reshape(key, seen))
 
 
 class DeepMomentum(Rule):
@@ -127,11 +363,7 @@ class DeepMomentum(Rule):
     domain: ClassVar[Literal["any", "matrix"]] = "matrix"
 
     def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
-        d = shape[-1]
-        network = {
-            "first": Slot((d, self.width), "dct", 1.0),
-            "second": Slot((self.width, d)),
-        }
+        network = network_slots(shape[-1], self.width)
         return network | ({"exp_avg": Slot(shape)} if self.teacher == "ema" else {})
 
     def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
@@ -155,3 +387,11 @@ class DeepMomentum(Rule):
         memories |= {"first": network.first, "second": network.second}
         d = read_out(answer, self.output, self.scale, self.steps, self.coefficients)
         return d, memories
+
+    def symmetries(self) -> Symmetries:
+        return through(symmetric("odd", "degree 0"), self.output, self.scale)
+
+
+def network_slots(d: int, width: int) -> dict[str, Slot]:
+    """The residual network on rows of length d: it starts as the identity."""
+    return {"first": Slot((d, width), "dct", 1.0), "second": Slot((width, d))}

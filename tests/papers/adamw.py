@@ -37,3 +37,8 @@ def adamw(
         decoupled=decoupled,
         every=every,
     )
+
+
+def adam(w0, gradients, *, decoupled=False, stagger=False, **arguments) -> common.Trajectory:
+    """Adam, with the weight decay inside the gradient."""
+    return adamw(w0, gradients, decoupled=decoupled, **arguments)

@@ -1,4 +1,4 @@
-"""The common frame of every rule, and the helpers rms, newton_schulz and scale."""
+"""The common frame of every rule, and the helpers that several rules share."""
 
 from collections.abc import Callable, Iterable
 
@@ -6,7 +6,8 @@ import numpy as np
 
 Memories = dict[str, np.ndarray]
 Trajectory = tuple[list[np.ndarray], list[Memories]]
-Rule = Callable[[np.ndarray, np.ndarray, Memories, int], tuple[np.ndarray, Memories]]
+Step = tuple[np.ndarray, Memories] | tuple[np.ndarray, Memories, np.ndarray]
+Rule = Callable[[np.ndarray, np.ndarray, Memories, int], Step]
 
 POLYNOMIALS = {"quintic": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -0.5, 0.0)}
 
@@ -18,11 +19,16 @@ def run(
     gradients: Iterable,
     *,
     lr: float,
-    weight_decay: float,
-    decoupled: bool,
-    every: int,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    every: int = 1,
+    stagger: bool = False,
 ) -> Trajectory:
-    """Apply w <- w - lr * (d + weight_decay * w) on every `every`-th step, to summed gradients."""
+    """Apply w <- w + shift - lr * (d + weight_decay * w) on every `every`-th step.
+
+    The gradients in between are summed; a rule returns d, its memories and, if any, the shift.
+    A context is for the rule itself to look up by its step t, and `stagger` has no effect.
+    """
     w = np.array(w0, dtype=np.float64)
     total = np.zeros_like(w)
     parameters, history = [], []
@@ -30,8 +36,12 @@ def run(
         total = total + np.asarray(g, dtype=np.float64)
         if t % every == 0:
             G = total if decoupled else total + weight_decay * w
-            d, memories = rule(w, G, memories, t // every)
-            w = w - lr * (d + (weight_decay * w if decoupled else 0.0))
+            d, memories, *shift = rule(w, G, memories, t // every)
+            w = (
+                w
+                + (shift[0] if shift else 0.0)
+                - lr * (d + (weight_decay * w if decoupled else 0.0))
+            )
             total = np.zeros_like(w)
         parameters.append(w.copy())
         history.append({name: memory.copy() for name, memory in memories.items()})
@@ -42,6 +52,17 @@ def divide(x: np.ndarray, by) -> np.ndarray:
     """x / by, with an exact 0 wherever the divisor is an exact 0."""
     by = np.broadcast_to(np.asarray(by, dtype=np.float64), x.shape)
     return np.divide(x, by, out=np.zeros(x.shape), where=by != 0)
+
+
+def average(memory: np.ndarray, x: np.ndarray, retention: float) -> np.ndarray:
+    """The exponential moving average, retention * memory + (1 - retention) * x."""
+    return retention * memory + (1 - retention) * x
+
+
+def columns(*settings: tuple) -> list[tuple]:
+    """The settings of each level, a setting of one entry holding for all levels."""
+    count = max(map(len, settings))
+    return list(zip(*(s * count if len(s) == 1 else s for s in map(tuple, settings)), strict=True))
 
 
 def rms(x: np.ndarray) -> float:
@@ -78,3 +99,13 @@ def scale(x: np.ndarray, how: str, orthogonal: bool) -> np.ndarray:
             return 0.2 * np.sqrt(max(x.shape)) * x
         return 0.2 * divide(x, rms(x))
     raise ValueError(how)
+
+
+def readout(
+    x: np.ndarray, output: str, how: str, steps: int = 5, coefficients: str = "quintic"
+) -> np.ndarray:
+    """The output map "identity", "sign", "rms" or "newton_schulz", and then the scale `how`."""
+    if output == "newton_schulz":
+        return scale(newton_schulz(x, coefficients, steps), how, orthogonal=True)
+    mapped = {"identity": x, "sign": np.sign(x), "rms": divide(x, rms(x))}[output]
+    return scale(mapped, how, orthogonal=False)

@@ -12,6 +12,14 @@ def inner_gradients(A, B, s, v, objective) -> tuple[np.ndarray, np.ndarray]:
     return s.T @ ((error @ B.T) * (1 - H * H)), H.T @ error
 
 
+def cosines(c, width) -> np.ndarray:
+    """The first layer at the start: the first orthonormal cosines (DCT-II), then zero columns."""
+    A0 = np.zeros((c, width))
+    for j in range(min(c, width)):
+        A0[:, j] = np.sqrt((1 if j == 0 else 2) / c) * np.cos(np.pi * (np.arange(c) + 0.5) * j / c)
+    return A0
+
+
 def deep_momentum(
     w0,
     gradients,
@@ -34,9 +42,7 @@ def deep_momentum(
 ) -> common.Trajectory:
     """Return the parameters and the memories (exp_avg, first, second) after each step."""
     r, c = np.shape(w0)
-    A0 = np.zeros((c, width))
-    for j in range(min(c, width)):
-        A0[:, j] = np.sqrt((1 if j == 0 else 2) / c) * np.cos(np.pi * (np.arange(c) + 0.5) * j / c)
+    A0 = cosines(c, width)
     A_anchor = {"initial": A0, "zero": np.zeros_like(A0)}[anchor]
 
     def rule(w, G, memories, t):
