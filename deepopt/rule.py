@@ -127,7 +127,7 @@ def symmetric(*names: Symmetry) -> Symmetries:
 
 Memories: TypeAlias = Mapping[str, Expr]
 # A direction and the new memories, and where a rule has one, a move of w that lr does not scale.
-Update: TypeAlias = tuple[Expr, dict[str, Expr]] | tuple[Expr, dict[str, Expr], Expr]
+Update: TypeAlias = tuple[Expr, dict[str, Expr], *tuple[Expr, ...]]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)

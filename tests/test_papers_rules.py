@@ -24,7 +24,7 @@ from papers.second_moments import adagrad, amsgrad, nadam, radam, rmsprop
 from papers.sgd import sgd
 from papers.shampoo import shampoo
 from papers.signs import sign_sgd, signum
-from papers.soap import soap
+from papers.soap import refreshed, soap
 from scipy.linalg import block_diag, fractional_matrix_power
 from scipy.optimize import minimize
 
@@ -427,7 +427,7 @@ def test_adagrad_and_rmsprop_against_explicit_sums():
         close(plain[t - 1], g[t - 1] / (np.sqrt(v) + 1e-2))
         close(centered[t - 1], g[t - 1] / (np.sqrt(v - a**2) + 1e-2))
         close(sums[t - 1], g[t - 1] / (np.sqrt(np.sum(g[:t] ** 2, axis=0) + 0.5) + 1e-2))
-    constant = directions(rmsprop, np.full((300, 3), 0.1), beta2=0.5, centered=True)
+    constant = directions(rmsprop, np.full((300, 3), 0.7), beta2=0.5, centered=True)
     assert np.all(np.isfinite(constant))
     close(directions(adagrad, np.full((9, 3), 0.1), eps=0.0)[-1], 1 / 3)
 
@@ -698,6 +698,8 @@ def test_soap_bases():
             close(diagonal, np.diag(np.diag(diagonal)), atol=1e-9)
             if refresh == "eigh":
                 assert np.all(np.diff(np.diag(diagonal)) > 0)
+    Q = np.linalg.qr(g)[0]
+    assert np.array_equal(refreshed(0 * g, Q, "qr"), Q)
     # one step from the identity: N = Q R with R^T R = N^T N
     N = g @ g.T + 1e-4 * np.sum(g * g) / 4 * np.eye(4)
     once = soap(0 * g, [g], lr=0.1, period=1, shampoo_beta=0.0)[1][0]
@@ -747,6 +749,10 @@ def test_nest_levels_are_late_and_add_up():
         close(d[t - 1], m / rms(m) + 0.5 * slow + 0.3 * slower, atol=1e-11)
         close(history[t - 1]["chunk_1"], g[t - t % 3 : t].sum(0))
     assert not {"chunk_0", "readout_0"} & set(history[0]) and "memory_1" in history[0]
+    table = {"memory": ("table",), "retention": (0.8,), "period": (3,), "weight": (0.5,)}
+    late = directions(nest, g, output=("identity",), scale="none", **table)
+    for t in range(1, 11):
+        close(late[t - 1], 0.5 * averaged(threes, 0.8, (t - 1) // 3))
     for scaling in ("rms", "spectral"):
         mixed = directions(nest, g, output=outputs, scale=scaling, **levels)
         close(mixed[4], scale(d[4], scaling, orthogonal=False))
