@@ -8,19 +8,61 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from papers import adamw, deep_momentum, delta_momentum, heavy_ball, lion, m3, muon, sgd
+from papers import (
+    ada_muon,
+    adamw,
+    ademamix,
+    deep_momentum,
+    delta_momentum,
+    dgd,
+    diagonal_memory,
+    feature_momentum,
+    ggd,
+    heavy_ball,
+    lion,
+    m3,
+    multi_frequency,
+    muon,
+    nest,
+    preconditioned_momentum,
+    second_moments,
+    sgd,
+    shampoo,
+    signs,
+    soap,
+)
 
 from deepopt import Rule, rules
 
 PAPER = {
     rules.SGD: sgd.sgd,
+    rules.SignSGD: signs.sign_sgd,
+    rules.DGD: dgd.dgd,
+    rules.GGD: ggd.ggd,
     rules.HeavyBall: heavy_ball.heavy_ball,
-    rules.AdamW: adamw.adamw,
-    rules.Lion: lion.lion,
-    rules.Muon: muon.muon,
+    rules.Nesterov: heavy_ball.heavy_ball,
+    rules.Signum: signs.signum,
+    rules.PreconditionedMomentum: preconditioned_momentum.preconditioned_momentum,
+    rules.FeatureMomentum: feature_momentum.feature_momentum,
     rules.DeltaMomentum: delta_momentum.delta_momentum,
     rules.DeepMomentum: deep_momentum.deep_momentum,
+    rules.AdaGrad: second_moments.adagrad,
+    rules.RMSProp: second_moments.rmsprop,
+    rules.Adam: adamw.adamw,
+    rules.AdamW: adamw.adamw,
+    rules.NAdam: second_moments.nadam,
+    rules.RAdam: second_moments.radam,
+    rules.AMSGrad: second_moments.amsgrad,
+    rules.DiagonalMemory: diagonal_memory.diagonal_memory,
+    rules.Lion: lion.lion,
+    rules.Muon: muon.muon,
+    rules.AdaMuon: ada_muon.ada_muon,
+    rules.Shampoo: shampoo.shampoo,
+    rules.SOAP: soap.soap,
+    rules.MultiFrequency: multi_frequency.multi_frequency,
     rules.M3: m3.m3,
+    rules.AdEMAMix: ademamix.ademamix,
+    rules.Nest: nest.nest,
 }
 
 # Relative to the largest parameter on a path of 40 steps. float64: the same equations rounded in
@@ -62,6 +104,44 @@ def _switches() -> list[Rule]:
         r.SGD(lr=lr, every=3),
         r.HeavyBall(lr=lr),
         r.HeavyBall(lr=lr, nesterov=True, weight_decay=0.1),
+        r.Nesterov(lr=lr, momentum=0.5),
+        r.SignSGD(lr=lr, weight_decay=0.1),
+        r.Signum(lr=lr),
+        r.DGD(lr=lr),
+        r.DGD(lr=lr, kappa=0.3, weight_decay=0.1, inputs="first"),
+        r.DGD(lr=lr, weight_decay=0.1, decoupled=False),
+        *(r.DGD(lr=lr, solver=s, kappa=0.5) for s in ("explicit", "unit")),
+        r.DGD(lr=lr, solver="neurips", kappa=0.1),
+        r.GGD(lr=lr),
+        r.GGD(lr=lr, values="target", states=3, decay=0.7, kappa=0.5, weight_decay=0.1),
+        r.GGD(lr=lr, objective="dot", states=4, inputs="first"),
+        r.GGD(lr=lr, states=1, inputs="first", weight_decay=0.1, decoupled=False),
+        r.PreconditionedMomentum(lr=lr, weight_decay=0.1),
+        r.PreconditionedMomentum(lr=lr, preconditioner="given", scale="none"),
+        r.PreconditionedMomentum(lr=lr, preconditioner="kronecker", period=3, floor=1e-3),
+        r.PreconditionedMomentum(
+            lr=lr, preconditioner="kronecker", period=2, block=3, output="newton_schulz", rate=0.5
+        ),
+        r.PreconditionedMomentum(lr=lr, output="sign", scale="none", momentum=0.5, eps=1e-2),
+        r.FeatureMomentum(lr=lr),
+        r.FeatureMomentum(lr=lr, power=0.0, output="rms", scale="spectral", weight_decay=0.1),
+        r.FeatureMomentum(lr=lr, feature="polynomial", polynomial=(0.5, -0.1, 0.01), rate=0.5),
+        r.FeatureMomentum(lr=lr, power=3.0, output="newton_schulz", coefficients="cubic", steps=7),
+        r.AdaGrad(lr=lr),
+        r.AdaGrad(lr=lr, initial=0.1, eps=1e-3, weight_decay=0.1),
+        r.RMSProp(lr=lr),
+        r.RMSProp(lr=lr, centered=True, beta2=0.8, eps=1e-2),
+        r.Adam(lr=lr, weight_decay=0.1),
+        r.NAdam(lr=lr),
+        r.NAdam(lr=lr, schedule="constant", betas=(0.8, 0.95), eps=1e-3),
+        r.NAdam(lr=lr, momentum_decay=0.1, weight_decay=0.1),
+        r.RAdam(lr=lr, weight_decay=0.1),
+        r.RAdam(lr=lr, betas=(0.8, 0.95), eps=1e-3),
+        r.AMSGrad(lr=lr),
+        r.AMSGrad(lr=lr, corrected=True, betas=(0.8, 0.9), eps=1e-3),
+        r.DiagonalMemory(lr=lr),
+        r.DiagonalMemory(lr=lr, values="square", ridge=0.1),
+        r.DiagonalMemory(lr=lr, accumulate="sum", retention=0.5, weight_decay=0.1),
         r.AdamW(lr=lr),
         r.AdamW(lr=lr, decoupled=False, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-3),
         r.AdamW(lr=lr, every=4),
@@ -70,6 +150,38 @@ def _switches() -> list[Rule]:
         r.Muon(lr=lr, nesterov=False, scale="spectral", coefficients="cubic", steps=9),
         r.Muon(lr=lr, scale="none", momentum=0.5),
         r.DeltaMomentum(lr=lr),
+        r.AdaMuon(lr=lr),
+        r.AdaMuon(lr=lr, signed=False, scale="none", momentum=0.5, eps=1e-2, weight_decay=0.1),
+        r.Shampoo(lr=lr, period=1),
+        r.Shampoo(lr=lr, period=4, sides="left", accumulate="sum", floor=1e-3, graft="sgd"),
+        r.Shampoo(lr=lr, period=3, sides="right", graft="adam", block=3, eps=1e-3),
+        r.Shampoo(lr=lr, period=5, block=2, scale="spectral", momentum=0.5, weight_decay=0.1),
+        r.MultiFrequency(lr=lr, period=(1, 2, 6), root=3),
+        r.MultiFrequency(lr=lr, period=(2, 4), retention=(0.8, 0.5), weighting="mass", root=2),
+        r.MultiFrequency(
+            lr=lr, period=(1, 3), weight=(1.0, 0.5), sides="right", block=3, graft="adam", root=1
+        ),
+        r.SOAP(lr=lr, period=4),
+        r.SOAP(lr=lr, period=3, rotate=False, scale="none", betas=(0.9, 0.99), eps=1e-3),
+        r.SOAP(lr=lr, period=2, sides="left", refresh="eigh", shampoo_beta=0.8, eps=1e-3),
+        r.SOAP(lr=lr, period=5, sides="right", block=3, weight_decay=0.1),
+        r.AdEMAMix(lr=lr),
+        r.AdEMAMix(lr=lr, betas=(0.8, 0.95), slow=0.97, weight=2.0, eps=1e-3, weight_decay=0.1),
+        r.Nest(lr=lr, period=(1, 3)),
+        r.Nest(lr=lr, memory=("table", "delta", "deep"), period=(1, 2, 5), weight=0.5, width=3),
+        r.Nest(
+            lr=lr,
+            memory=("deep", "delta"),
+            period=(3, 1),
+            retention=(0.95, 0.8),
+            weight=(0.5, 1.0),
+            output=("identity", "sign"),
+            scale="spectral",
+            width=3,
+            weight_decay=0.1,
+        ),
+        r.Nest(lr=lr, memory="delta", period=4, weight=1.0, output="rms", scale="none"),
+        r.DeltaMomentum(lr=lr, output="sign"),
         r.DeltaMomentum(lr=lr, view="flat", scale="spectral"),
         *(
             r.DeltaMomentum(view=v, solver=s, rate=0.3, **delta)
@@ -102,7 +214,21 @@ CASES = [Case(rule, SHAPES[i % 3]) for i, rule in enumerate(_switches())] + [
     Case(rules.HeavyBall(lr=0.05), (2, 3, 2)),
     *(Case(cls(lr=0.05), s) for cls in (rules.DeltaMomentum, rules.M3) for s in ((1, 5), (5, 1))),
 ]
-DEFAULTS = [cls() for cls in rules.ALL]
+# The rules that go by the gradient alone.
+DEFAULTS = [cls() for cls in rules.ALL if not cls().context((2, 2))]
+
+
+def contexts(rule: Rule, shape: tuple[int, ...], steps: int) -> list[dict[str, np.ndarray]]:
+    """For each step what a rule needs beyond the gradient: a Gram matrix, or any P."""
+    rng = np.random.default_rng(7)
+    found: list[dict[str, np.ndarray]] = []
+    for _ in range(steps):
+        step = {}
+        for name, (n, _) in rule.context(shape).items():
+            x = rng.standard_normal((8, n)) * np.exp(rng.standard_normal(n))
+            step[name] = x.T @ x / len(x) if name == "gram" else x[:n] + x[-n:]
+        found.append(step)
+    return found
 
 
 def stream(shape: tuple[int, ...], steps: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -128,20 +254,24 @@ def double_precision(enabled: bool = True) -> Iterator[None]:
         jax.config.update("jax_enable_x64", before)
 
 
-def scanned(tx: optax.GradientTransformation, w: Any, gradients: Any) -> Any:
+def scanned(
+    tx: optax.GradientTransformationExtraArgs, w: Any, gradients: Any, context: Any = None
+) -> Any:
     """The parameters after each step of an optax transformation, from one compilation of a scan."""
 
     @jax.jit
-    def run(w, gradients):
-        def one(carry, g):
+    def run(w, gradients, context):
+        def one(carry, step):
             w, state = carry
-            updates, state = tx.update(g, state, w)
+            g, given = step
+            more = {"context": given} if given else {}
+            updates, state = tx.update(g, state, w, **more)
             w = optax.apply_updates(w, updates)
             return (w, state), w
 
-        return jax.lax.scan(one, (w, tx.init(w)), gradients)[1]
+        return jax.lax.scan(one, (w, tx.init(w)), (gradients, context))[1]
 
-    return run(w, gradients)
+    return run(w, gradients, context or {})
 
 
 def difference(a: Any, b: Any) -> float:

@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cases import CASES, PAPER, TOLERANCE, Case, difference, double_precision, scanned, stream
+from cases import (
+    CASES,
+    PAPER,
+    TOLERANCE,
+    Case,
+    contexts,
+    difference,
+    double_precision,
+    scanned,
+    stream,
+)
 
 from deepopt import Oracle
 from jax_backend import transform
@@ -23,8 +33,8 @@ def oracle_path(
     w, g = (torch.tensor(x).to(dtype).double().numpy() for x in stream(case.shape, STEPS))
     oracle = Oracle(case.rule, [w])
     path, states = [], []
-    for step in g:
-        (w,) = oracle.step([w], [step])
+    for step, context in zip(g, contexts(case.rule, case.shape, STEPS), strict=True):
+        (w,) = oracle.step([w], [step], [context])
         path.append(w)
         states.append({k: v.reshape(np.shape(v)) for k, v in oracle.state[0].items()})
     return path, states
@@ -35,8 +45,10 @@ def torch_path(case: Case, dtype: torch.dtype) -> tuple[list[np.ndarray], Optimi
     p = torch.nn.Parameter(torch.tensor(w, dtype=dtype))
     optimizer = Optimizer([p], case.rule)
     path = []
-    for step in g:
+    for step, context in zip(g, contexts(case.rule, case.shape, STEPS), strict=True):
         p.grad = torch.tensor(step, dtype=dtype)
+        if context:
+            optimizer.context[p] = {k: torch.tensor(x) for k, x in context.items()}
         optimizer.step()
         path.append(p.detach().double().numpy().copy())
     return path, optimizer
@@ -44,20 +56,26 @@ def torch_path(case: Case, dtype: torch.dtype) -> tuple[list[np.ndarray], Optimi
 
 def jax_path(case: Case, dtype: str) -> list[np.ndarray]:
     w, g = stream(case.shape, STEPS)
-    path = scanned(transform(case.rule), jnp.asarray(w, dtype), jnp.asarray(g, dtype))
+    given = contexts(case.rule, case.shape, STEPS)
+    context = {k: jnp.asarray(np.stack([x[k] for x in given])) for k in given[0]}
+    path = scanned(transform(case.rule), jnp.asarray(w, dtype), jnp.asarray(g, dtype), context)
     return list(np.asarray(path, np.float64))
 
 
 @each_case
 def test_oracle_equals_the_transcription_of_the_paper(case):
     w, g = stream(case.shape, STEPS)
-    given = {f.name: getattr(case.rule, f.name) for f in fields(case.rule)}
-    if case.rule.__class__.__name__ != "M3":
-        given.pop("stagger")
-    for name in ("slow", "period", "weight"):
-        if name in given and not isinstance(given[name], tuple):
-            given[name] = (given[name],)
-    expected, memories = PAPER[type(case.rule)](w, list(g), **given)
+    transcription = PAPER[type(case.rule)]
+    known = signature(transcription).parameters
+    values = {f.name: getattr(case.rule, f.name) for f in fields(case.rule)}
+    assert values.keys() - known.keys() <= {"stagger"}
+    given = {k: v for k, v in values.items() if k in known}
+    for name in LEVELS.get(type(case.rule).__name__, ()):
+        n = max(len(given[k]) if isinstance(given[k], tuple) else 1 for k in LEVELS[type(case.rule).__name__])
+        given[name] = given[name] if isinstance(given[name], tuple) else (given[name],) * n
+    if "context" in known:
+        given["context"] = contexts(case.rule, case.shape, STEPS)
+    expected, memories = transcription(w, list(g), **given)
     path, states = oracle_path(case)
     assert max(difference(a, b) for a, b in zip(path, expected, strict=True)) <= 1e-12
     names = {"exp_avg_sq": "second_moment"} if "fast" in states[-1] else {}
