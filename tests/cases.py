@@ -77,6 +77,11 @@ class Case:
     rule: Rule
     shape: tuple[int, ...]
 
+    @property
+    def tolerance(self) -> float:
+        """In float64, relative."""
+        return TOLERANCE["float64"]
+
     def __str__(self) -> str:
         default = type(self.rule)()
         changed = {
@@ -117,10 +122,10 @@ def _switches() -> list[Rule]:
         r.GGD(lr=lr, objective="dot", states=4, inputs="first"),
         r.GGD(lr=lr, states=1, inputs="first", weight_decay=0.1, decoupled=False),
         r.PreconditionedMomentum(lr=lr, weight_decay=0.1),
-        r.PreconditionedMomentum(lr=lr, preconditioner="given", scale="none"),
-        r.PreconditionedMomentum(lr=lr, preconditioner="kronecker", period=3, floor=1e-3),
+        r.PreconditionedMomentum(lr=lr, values="given", scale="none"),
+        r.PreconditionedMomentum(lr=lr, values="kronecker", period=3, floor=1e-3),
         r.PreconditionedMomentum(
-            lr=lr, preconditioner="kronecker", period=2, block=3, output="newton_schulz", rate=0.5
+            lr=lr, values="kronecker", period=2, block=3, output="newton_schulz", rate=0.5
         ),
         r.PreconditionedMomentum(lr=lr, output="sign", scale="none", momentum=0.5, eps=1e-2),
         r.FeatureMomentum(lr=lr),

@@ -55,7 +55,7 @@ ELEMENTWISE = {
 }
 RULES = {
     **ELEMENTWISE,
-    "kronecker": partial(preconditioned_momentum, preconditioner="kronecker", block=2),
+    "kronecker": partial(preconditioned_momentum, values="kronecker", block=2),
     "polynomial": partial(feature_momentum, feature="polynomial"),
     "ada_muon": ada_muon,
     "shampoo": partial(shampoo, block=2, graft="adam"),
@@ -343,7 +343,7 @@ def test_ggd_of_one_state_is_dgd():
 def test_preconditioned_momentum_given():
     """Item 4."""
     g, P = draw(6, 4, 3), draw(4, 4, seed=1)
-    arguments = {"preconditioner": "given", "momentum": 0.8, "rate": 0.3}
+    arguments = {"values": "given", "momentum": 0.8, "rate": 0.3}
     balls = heavy_ball(np.zeros((4, 3)), g, lr=0.1, momentum=0.8)[1]
     for matrix in (P, np.eye(4)):
         context = [{"preconditioner": matrix}] * 6
@@ -371,7 +371,7 @@ def test_preconditioned_momentum_diagonal():
 
 
 def test_preconditioned_momentum_kronecker():
-    g, kronecker_ = draw(6, 4, 4), {"preconditioner": "kronecker", "beta2": 0.9, "floor": 0.0}
+    g, kronecker_ = draw(6, 4, 4), {"values": "kronecker", "beta2": 0.9, "floor": 0.0}
     first = directions(preconditioned_momentum, g[:1], **kronecker_)[0]
     close(first, polar(g[0]), atol=1e-9)
     late = {**kronecker_, "momentum": 0.0, "period": 3, "rate": 0.5}
@@ -721,7 +721,14 @@ def test_nest_of_one_level():
         close(delta[0], delta_momentum(w0, g, lr=0.1, momentum=0.8, **arguments)[0])
         deep = nest(w0, g, lr=0.1, memory=("deep",), output=(output,), width=4, **one)
         same = deep_momentum(
-            w0, g, lr=0.1, retention=0.8, width=4, teacher="gradient", output=output
+            w0,
+            g,
+            lr=0.1,
+            retention=0.8,
+            width=4,
+            output=output,
+            objective="dot",
+            teacher="gradient",
         )
         close(deep[0], same[0])
         assert sorted(deep[1][0]) == ["first_0", "second_0"]
@@ -741,6 +748,7 @@ def test_nest_levels_are_late_and_add_up():
     threes, twos = g[:9].reshape(3, 3, 3, 5).mean(1), g.reshape(5, 2, 3, 5).mean(1)
     delta = np.sign(directions(delta_momentum, threes, momentum=0.8, output="identity"))
     deep = {"width": 4, "teacher": "gradient", "scale": "none", "output": "newton_schulz"}
+    deep["objective"] = "dot"
     deep = directions(deep_momentum, twos, retention=0.7, **deep)
     for t in range(1, 11):
         m = averaged(g, 0.9, t)

@@ -108,7 +108,7 @@ class PreconditionedMomentum(Rule):
     and P as values; written every step.
     lr: root mean square of a step is 0.2·lr per coordinate (scale "rms").
     momentum: retention α per step. rate: inner learning rate η.
-    preconditioner: P. "diagonal", one over the root of an average of g², as Adam's; "kronecker",
+    values: P. "diagonal", one over the root of an average of g², as Adam's; "kronecker",
         L^(-1/4) on the rows and R^(-1/4) on the columns, of averages of gᵀg and its transpose;
         "given", a matrix on the rows, such as inverse curvature.
     beta2: retention of those averages per step. eps: added to the diagonal root, in units of
@@ -126,7 +126,7 @@ class PreconditionedMomentum(Rule):
     lr: Rate = 1e-2
     momentum: Retention = 0.9
     rate: Rate = 1.0
-    preconditioner: Literal["diagonal", "kronecker", "given"] = "diagonal"
+    values: Literal["diagonal", "kronecker", "given"] = "diagonal"
     beta2: Retention = 0.95
     eps: Rate = 1e-8
     floor: Rate = 1e-4
@@ -139,17 +139,17 @@ class PreconditionedMomentum(Rule):
     domain: ClassVar[Literal["any", "matrix"]] = "matrix"
 
     def clocks(self) -> dict[str, int]:
-        return {"root": self.period} if self.preconditioner == "kronecker" else {}
+        return {"root": self.period} if self.values == "kronecker" else {}
 
     def context(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        given = self.preconditioner == "given"
+        given = self.values == "given"
         return {"preconditioner": (shape[-2], shape[-2])} if given else {}
 
     def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
         slots = {"momentum_buffer": Slot(shape)}
-        if self.preconditioner == "diagonal":
+        if self.values == "diagonal":
             slots["exp_avg_sq"] = Slot(shape)
-        if self.preconditioner == "kronecker":
+        if self.values == "kronecker":
             sides = Kronecker(shape, "both", self.block)
             slots |= sides.slots() | sides.slots("_root", "eye", "root")
             slots["negatives"] = Slot((1, 1), clock="root")
@@ -164,7 +164,7 @@ class PreconditionedMomentum(Rule):
 
     def _preconditioned(self, g: Expr, s: Memories, t: Time) -> tuple[Expr, dict[str, Expr]]:
         correction = 1.0 - self.beta2**t.step
-        match self.preconditioner:
+        match self.values:
             case "given":
                 return s["preconditioner"] @ g, {}
             case "diagonal":
@@ -178,7 +178,7 @@ class PreconditionedMomentum(Rule):
                 return sides.apply(g, roots), grams | memories
 
     def symmetries(self) -> Symmetries:
-        match self.preconditioner:
+        match self.values:
             case "given":
                 own = symmetric("odd", "right rotation", "degree 1")
             case "diagonal":

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
 from deepopt.expr import Expr, Number, array, maximum, minimum, sqrt
 from deepopt.functions import newton_schulz, unit, unit_rms
 from deepopt.levels import each, level_count
-from deepopt.memory import MLP, Table, average, dot, l2, write
+from deepopt.memory import MLP, Table, average, dot, write
 from deepopt.readout import (
     DEGREE_0,
     DEGREES,
@@ -211,7 +211,7 @@ class Nest(Rule):
     Memory: level l is, by `memory`, a "table" of the mean gradient of a chunk of `period` steps
     (dot-product objective), a "delta" memory (keys that mean at norm one, identity as values, L2
     objective, proximal) or a "deep" one (a residual network with that mean at RMS one as key and
-    value, L2 objective); written at its ticks, and, if slow, read from the next step on.
+    value, dot-product objective); written at its ticks, and, if slow, read from the next step on.
     lr: root mean square of a step is 0.2·lr per coordinate (scale "rms").
     memory, retention (per tick), period (steps), weight (in the sum) and output (σ of the read-out)
         take one value, or a tuple with one per level.
@@ -290,7 +290,8 @@ class Nest(Rule):
             key = unit_rms(g)
             network = MLP(s["first" + i], s["second" + i])
             initial = [x.initial for x in network_slots(g.shape[-1], self.width).values()]
-            goal = l2(network, key, key)
+            # Towards the key itself the l2 objective of a residual network has nothing to learn.
+            goal = dot(network, key, key)
             network = write(goal, retention=retention, normalize=True, anchor=initial)
             return network.read(key)[0], {"first" + i: network.first, "second" + i: network.second}
         return m, {"memory" + i: m}

@@ -43,9 +43,8 @@ def delta_momentum(
         else:
             raise ValueError(solver)
         m = m.reshape(G.shape)
-        orthogonal = {"newton_schulz": True, "identity": False}[output]
-        d = common.newton_schulz(m, coefficients, steps) if orthogonal else m
-        return common.scale(d, scale, orthogonal), {"momentum_buffer": m}
+        d = common.readout(m, output, scale, steps, coefficients)
+        return d, {"momentum_buffer": m}
 
     return common.run(
         rule,

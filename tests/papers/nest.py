@@ -42,7 +42,7 @@ def nest(
             return m, {f"memory_{number}": m}
         s = common.divide(g, common.rms(g))
         A, B = memories[f"first_{number}"], memories[f"second_{number}"]
-        dA, dB = inner_gradients(A, B, s, s, "l2")
+        dA, dB = inner_gradients(A, B, s, s, "dot")
         H = np.tanh(s @ A)
         A = A0 + a * (A - A0) - common.divide(dA, np.sum(s * s))
         B = a * B - common.divide(dB, np.sum(H * H))

@@ -12,7 +12,7 @@ def preconditioned_momentum(
     context=None,
     momentum=0.9,
     rate=1.0,
-    preconditioner="diagonal",
+    values="diagonal",
     beta2=0.999,
     eps=1e-8,
     floor=1e-6,
@@ -31,9 +31,9 @@ def preconditioned_momentum(
     shape = np.shape(w0)
 
     def preconditioned(G, memories, t):
-        if preconditioner == "given":
+        if values == "given":
             return np.asarray(context[t - 1]["preconditioner"], dtype=np.float64) @ G, {}
-        if preconditioner == "diagonal":
+        if values == "diagonal":
             v = common.average(memories["exp_avg_sq"], G * G, beta2)
             return common.divide(G, np.sqrt(v / (1 - beta2**t)) + eps), {"exp_avg_sq": v}
         kept, factors = {}, {}
@@ -53,12 +53,12 @@ def preconditioned_momentum(
         return d, {"momentum_buffer": m, **kept}
 
     start = {"momentum_buffer": np.zeros(shape)}
-    if preconditioner == "diagonal":
+    if values == "diagonal":
         start["exp_avg_sq"] = np.zeros(shape)
-    elif preconditioner == "kronecker":
+    elif values == "kronecker":
         for side in ("left", "right"):
             start[side] = kronecker.zeros(shape, side, block)
             start[f"{side}_root"] = kronecker.identity(shape, side, block)
-    elif preconditioner != "given":
-        raise ValueError(preconditioner)
+    elif values != "given":
+        raise ValueError(values)
     return common.run(rule, start, w0, gradients, **frame)
