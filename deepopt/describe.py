@@ -65,7 +65,9 @@ def describe(rule: Rule, shape: Shape = (256, 256)) -> str:
     n, size = max(prod(shape), 1), " × ".join(map(str, shape))
     read = {k for k in (*program.inputs, *program.outputs) if k in slots}
     written = {k for k in program.outputs if k in slots}
+    given = {k: x for k, x in rule.context(shape).items() if k in program.inputs}
     moved = 3 + sum(prod(slots[k].shape) / n for names in (read, written) for k in names)
+    moved += sum(prod(x) / n for x in given.values())
     return "\n".join(
         [
             repr(rule),
@@ -91,16 +93,18 @@ def _nest(rule: Rule, program: Program, levels: Sequence[Level], shape: Shape) -
     rows = [["memory", "structure", "keys", "values", "objective", "retention", "rate", "period"]]
     slots = rule.all_slots(shape)
     for level in levels:
-        names = [n for n in level.name.split(", ") if n in program.outputs]
-        kept = topological([program.outputs[n] for n in names])
+        outputs = {**program.outputs, "w": program.outputs["update"]}
+        names = [n for n in level.name.split(", ") if n in outputs]
+        kept = topological([outputs[n] for n in names])
         if not names or not all(x in kept for x in level.result):
             continue
-        period = rule.every * rule.clocks().get(slots[names[0]].clock or "", 1)
+        clock = slots[names[0]].clock if names[0] in slots else None
+        period = rule.every * rule.clocks().get(clock or "", 1)
         pairs = [_short(x) for x in (level.keys, level.values)]
         objective = f"{level.objective} ({level.solver})"
         rates = [_short(level.retention), _short(level.rate)]
         rows.append([level.name, level.structure, *pairs, objective, *rates, str(period)])
-    return table(rows) if len(rows) > 1 else "no memory beside the weights"
+    return table(rows) if len(rows) > 1 else "no memory that an objective writes"
 
 
 def _short(x: Expr | None) -> str:

@@ -173,7 +173,10 @@ class Formulas(Algebra[Text]):
         return Text(f"{a.at(MATRIX)} {b.at(MATRIX)}", MATRIX)
 
     def transpose(self, a: Text) -> Text:
-        return Text(a.at(ATOM) + self._pick(r"^{\top}", "ᵀ"), POWER)
+        mark = self._pick(r"^{\top}", "ᵀ")
+        if a.binds == POWER and a.text.endswith(mark):
+            return Text(a.text.removesuffix(mark))
+        return Text(a.at(ATOM) + mark, POWER)
 
     def sum(self, a: Text, axes: tuple[int, ...]) -> Text:
         return Text(f"{self._pick(chr(92) + 'sum', 'Σ')} {a.at(ATOM)}", PREFIX)

@@ -168,7 +168,8 @@ def l2_of_moments(memory: Linear, gram: Expr, cross: Expr) -> Objective[Linear]:
     Up to the constant ½‖V‖²: all that a write of a linear memory needs of many keys.
     """
     w = memory.weight
-    loss = 0.5 * sum_(w * (gram @ w)) - sum_(cross * w)
+    # ½⟨W, AW⟩ for its derivative: AW where A is symmetric, which grad cannot know.
+    loss = sum_(w * stop_gradient(gram @ w)) - sum_(stop_gradient(cross) * w)
     return Objective("l2", memory, None, cross, loss, (), gram)
 
 
@@ -266,7 +267,7 @@ def write(
 
 
 def descent(objective: Objective[M], rate: Number, solver: Literal["explicit", "prox"]) -> Expr:
-    """The direction d of a write without decay to the only parameter: new = old - rate·d.
+    """The direction d of a write to weights w without decay: new = w - rate·d.
 
     "explicit": the gradient ∇. "prox": (I + ηXᵀX)⁻¹∇, exact for an l2 objective on a Linear
     memory, and the gradient where the rate η is zero.
@@ -276,7 +277,7 @@ def descent(objective: Objective[M], rate: Number, solver: Literal["explicit", "
     if solver == "prox":
         gram = _gram(objective)
         d = solve(array("eye", gram.shape) + as_expr(rate) * gram, d)
-    _record(objective, as_expr(1.0), as_expr(rate), solver, (d,))
+    _record(objective, as_expr(1.0), as_expr(rate), solver, (d,), name="w")
     return d
 
 
@@ -380,13 +381,18 @@ def read_along(
 
 
 def _record(
-    objective: Objective[M], retention: Expr, rate: Expr, solver: str, result: tuple[Expr, ...]
+    objective: Objective[M],
+    retention: Expr,
+    rate: Expr,
+    solver: str,
+    result: tuple[Expr, ...],
+    name: str = "",
 ) -> None:
     levels = _levels.get()
     if levels is None:
         return
-    names: list[str] = []
-    for p in objective.memory.parameters:
+    names = [name] if name else []
+    for p in () if name else objective.memory.parameters:
         while p.op in ("transpose", "reshape"):
             p = p.args[0]
         names += [str(p["name"])] if p.op == "input" else []

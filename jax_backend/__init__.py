@@ -3,6 +3,7 @@
 from deepopt import rules
 from jax_backend.step import RuleState as RuleState
 from jax_backend.transform import alias as alias
+from jax_backend.transform import averaged as averaged
 from jax_backend.transform import scale_by_rule as scale_by_rule
 from jax_backend.transform import transform as transform
 

@@ -36,6 +36,9 @@ class Jax(Arrays[Any]):
     def array(self, kind: str, shape: Shape, value: float) -> jax.Array:
         if kind == "full":
             return jnp.full(shape, value, self.dtype)
+        if kind == "eye":
+            # Not a constant of the compiled program, which would hold every entry.
+            return jnp.broadcast_to(value * jnp.eye(*shape[-2:], dtype=self.dtype), shape)
         return jnp.asarray(constant_array(kind, shape, value), self.dtype)
 
     def matmul(self, a: Any, b: Any) -> jax.Array:
@@ -56,7 +59,9 @@ class Jax(Arrays[Any]):
         return jnp.linalg.solve(a, b)
 
     def eigenvectors(self, a: Any) -> jax.Array:
-        return jnp.linalg.eigh(a).eigenvectors
+        # What LAPACK and cuSOLVER make of a NaN is their own affair; here it must stay one.
+        known = jnp.isfinite(a).all((-2, -1), keepdims=True)
+        return jnp.where(known, jnp.linalg.eigh(jnp.where(known, a, 0.0)).eigenvectors, jnp.nan)
 
     def orthonormal(self, a: Any) -> jax.Array:
         q, r = jnp.linalg.qr(a)

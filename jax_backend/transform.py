@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from deepopt.rule import Rule, check_hyperparameters, checked_rule, scalar_names
-from deepopt.rules import AdamW
-from jax_backend.step import Stepper
+from deepopt.rules import SGD, AdamW
+from jax_backend.step import RuleState, Stepper, is_masked
 
 
 def scale_by_rule(rule: Rule, **hyperparameters: Any) -> optax.GradientTransformationExtraArgs:
@@ -23,8 +23,10 @@ def scale_by_rule(rule: Rule, **hyperparameters: Any) -> optax.GradientTransform
     Chain it with `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
     hyperparameters: in place of the rule's own. Those that are symbols in the rule may be schedules
         (functions of the step, from 0), arrays or tracers, and tuples of such.
-    With decoupled=False the decay is part of the direction.
-    Initialising it raises ValueError for leaves that the rule cannot take.
+    With decoupled=False the decay is part of the direction. What a rule needs beyond gradients is
+    given as for `transform`; where its direction reads lr, that is the rule's.
+    Initialising it raises ValueError for leaves that the rule cannot take, and a step for a rule
+    that moves weights otherwise than along a direction.
     """
     known, later = _resolved(rule, hyperparameters)
     return _optax(Stepper(known, later, "direction"))
@@ -35,13 +37,17 @@ def transform(
 ) -> optax.GradientTransformationExtraArgs:
     """A rule as a whole optimizer: lr and weight decay applied, other leaves by the fallback.
 
-    fallback: for leaves with fewer than two axes under a matrix rule; AdamW with the rule's lr,
-        weight decay and `every` by default. Matrices are taken as they are stored, three axes as a
+    fallback: for leaves with fewer than two axes under a matrix rule; by default AdamW, or SGD
+        beside a rule that needs a gram, with the rule's lr, weight decay and `every`. Matrices are taken as they are stored, three axes as a
         stack of them; with more, all but the last are rows, as in a flax convolution. Embeddings
         and heads look like matrices: give them another rule by `optax.partition`.
     mask: which leaves weight decay applies to, as in `optax.adamw`.
     hyperparameters: as in `scale_by_rule`.
-    Params are needed unless the weight decay is the number 0.
+    Params are needed unless the weight decay is the number 0 and the rule reads no weights.
+    What the rule needs of a leaf beyond its gradient is an extra argument of each update, by name a
+    tree with the params' structure: `tx.update(grads, state, params, context={"gram": tree})`;
+    leaves of the fallback have anything there, such as None. Where it is missing or of another
+    shape, ValueError. A norm of all gradients is taken over what this transformation is given.
     """
     known, later = _resolved(rule, hyperparameters)
     own = _optax(Stepper(known, later, "update", mask))
@@ -50,15 +56,45 @@ def transform(
             raise TypeError(f"{type(rule).__name__} takes every leaf, so {fallback=} has no use")
         return own
     shared = ("lr", "weight_decay", "every") if fallback is None else ()
-    other = checked_rule(fallback or AdamW(), "fallback").with_values(
+    default = SGD() if "gram" in known.context((1, 1)) else AdamW()
+    other = checked_rule(fallback or default, "fallback").with_values(
         {k: getattr(known, k) for k in shared}
     )
     others = {k: v for k, v in later.items() if k in shared}
-
-    return optax.partition(
+    parts = optax.partition(
         {"rule": own, "fallback": _optax(Stepper(other, others, "update", mask))},
         lambda tree: jax.tree.map(lambda x: "rule" if jnp.ndim(x) > 1 else "fallback", tree),
     )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        # Each part sees its own leaves only.
+        return parts.update(updates, state, params, **{"gradients": updates, **extra})
+
+    return optax.GradientTransformationExtraArgs(parts.init, update)
+
+
+def averaged(params: Any, state: Any) -> Any:
+    """The averages of the weights that the rules of an optimizer's state keep beside them.
+
+    For rules inside `deepopt.around.averaged` or `schedule_free`; leaves whose rule keeps no average
+    stay as they are. Raises ValueError where none does.
+    """
+    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RuleState))
+    slots = [x.slots for x in found if isinstance(x, RuleState)]
+    offsets = [x["average_offset"] for x in slots if "average_offset" in x]
+    if not offsets:
+        raise ValueError(
+            "no rule of this state keeps an average of the weights; put deepopt.around.averaged, or "
+            "schedule_free, around the rule"
+        )
+    for tree in offsets:
+        params = jax.tree.map(
+            lambda x, p: p if is_masked(x) else (p + x).astype(p.dtype),
+            tree,
+            params,
+            is_leaf=is_masked,
+        )
+    return params
 
 
 def alias(rule: type[Rule], name: str) -> Callable[..., optax.GradientTransformationExtraArgs]:

@@ -11,7 +11,7 @@ from deepopt import describe, latex, rules
 from deepopt.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-BUDGET = {"deepopt": 2800, "torch_backend": 1600, "jax_backend": 420}
+BUDGET = {"deepopt": 4800, "torch_backend": 1600, "jax_backend": 480}
 
 
 @pytest.mark.parametrize("package", BUDGET)
@@ -49,10 +49,10 @@ def test_describe_and_latex(rule):
     text = describe(rule())
     for name in rule().all_slots((256, 256)):
         assert f"  {name}' = " in text
-    assert ("no memory" in text) == (not rule().all_slots((256, 256)))
+    assert ("no memory" in text) == (rule is rules.SignSGD)
     formula = latex(rule())
     assert formula.count("{") == formula.count("}")
-    assert r"w' &= w - \mathrm{lr} (" in formula
+    assert re.search(r"w' &= w [-+] ", formula)
 
 
 def test_command_line(capsys):

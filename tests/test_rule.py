@@ -48,7 +48,7 @@ def test_a_bad_lr_is_quoted(cls, lr):
         (rules.M3, {"period": 0}, r"period=0\) must be an integer >= 1, or a tuple of such"),
         (rules.M3, {"period": 1.5}, r"period=1.5\) must be an integer >= 1"),
         (rules.M3, {"slow": ()}, r"slow=\(\)\) must be a number in \[0, 1\), or a tuple"),
-        (rules.M3, {"slow": (0.9, 0.8), "period": (1, 2, 3)}, "all of the same length"),
+        (rules.M3, {"slow": (0.9, 0.8), "period": (1, 2, 3)}, "one value per level"),
         (rules.M3, {"accumulate": "mean"}, "accumulate='mean'\\) must be one of 'ema', 'sum'"),
         (rules.M3, {"literal": True, "scale": "spectral"}, "Algorithm 1 fixes scale"),
         (rules.Muon, {"coefficients": "septic"}, "must be one of 'quintic', 'cubic'"),
@@ -72,7 +72,11 @@ def test_numpy_numbers_and_fractions_are_numbers():
 @pytest.mark.parametrize("default", DEFAULTS, ids=lambda r: type(r).__name__)
 def test_a_change_of_a_scalar_never_retraces(default):
     first = trace(default, (4, 4), frozenset({"every"}))
-    values = {k: 0.123 for k in rule.scalar_names(type(default)) if k != "betas"}
+    values = {
+        k: 0.123
+        for k in rule.scalar_names(type(default))
+        if not isinstance(getattr(default, k), tuple)
+    }
     changed = default.with_values(values)
     assert changed != default
     assert trace(changed, (4, 4), frozenset({"every"})) is first

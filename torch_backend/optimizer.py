@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
+from itertools import chain, count
 from math import prod
 from numbers import Integral, Real
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeAlias, cast, overload
@@ -27,9 +28,20 @@ from deepopt.rule import (
     scalar_names,
     trace,
 )
-from deepopt.rules import AdamW
+from deepopt.rules import SGD, AdamW
 from torch_backend.algebra import Compiled, Torch
-from torch_backend.routing import Named, Route, Routing, check_view, matrices, of_iterable, route
+from torch_backend.layers import Context, Recorder
+from torch_backend.routing import (
+    Named,
+    Route,
+    Routing,
+    check_view,
+    matrices,
+    needs_gram,
+    of_iterable,
+    of_module,
+    route,
+)
 
 P = ParamSpec("P")
 Parameters: TypeAlias = nn.Module | Iterable[Any]
@@ -48,7 +60,7 @@ NEUTRAL = {"amsgrad": False, "centered": False, "dampening": 0, "momentum": 0, "
 # The attributes that a copy or a pickle keeps beside those of torch's base class.
 KEPT = (
     *("_rule", "_fallback", "_views", "_strict", "_rules", "_why", "_tensors"),
-    *("on_nonfinite", "skipped_steps"),
+    *("_recorder", "on_nonfinite", "skipped_steps"),
 )
 
 
@@ -61,7 +73,8 @@ class Optimizer(torch.optim.Optimizer):
     rule: of groups that name none; AdamW by default.
     fallback: the rule of parameters that a matrix rule cannot take, and of embeddings and output
         heads where a module or names tell them apart (bare tensors cannot be told apart: give
-        embeddings a group of their own). By default AdamW with the group's lr and weight decay.
+        embeddings a group of their own). By default AdamW with the group's lr and weight decay,
+        or SGD where the rule needs the Gram matrix of a layer's inputs.
     views: how tensors are seen as matrices, by name pattern: {"*.qkv.weight": "split:3"}; a group
         may say `seen_as` for all of its tensors. See `routing.matrices`. Print
         `optimizer.routing` to see what was decided.
@@ -72,6 +85,8 @@ class Optimizer(torch.optim.Optimizer):
 
     State is one flat dict of tensors per parameter, with the names of the rule's memories, in
     float32 at least; each step runs in that precision and rounds once.
+    What a rule needs beyond gradients stands in `context`. A "gram" is recorded where the rule got
+    a module; copies and pickles of the optimizer record nothing until they are told to `record`.
     Raises ValueError or TypeError that quote what was given; then nothing has changed.
     """
 
@@ -104,6 +119,7 @@ class Optimizer(torch.optim.Optimizer):
         # Kept by name and by parameter, not by position, so that users may rearrange the groups.
         self._rules: dict[str, type[Rule]] = {}
         self._why: dict[Tensor, str] = {}
+        self._recorder = Recorder()
         self.on_nonfinite: OnNonfinite = on_nonfinite
         self.skipped_steps = 0
         for view in self._views.values():
@@ -114,6 +130,46 @@ class Optimizer(torch.optim.Optimizer):
         for pattern in self._views:
             if not any(fnmatch(name, pattern) for name in names):
                 raise ValueError(f"views={{{pattern!r}: ...}} matches no parameter; names: {names}")
+
+    @property
+    def context(self) -> Context:
+        """What rules need of a parameter beyond its gradient: parameter -> name -> tensor.
+
+        optimizer.context[p]["preconditioner"] = P sets one. It is no part of state_dict. Shapes are
+        those of the rule, with a first axis where p is seen as several matrices, unless they share
+        one. The "gram" of watched layers is written by each backward pass, see
+        `layers.Recorder`, and dropped by zero_grad.
+        """
+        return self._recorder.context
+
+    def record(self, module: nn.Module) -> None:
+        """Record the inputs of the module's layers whose weights' rules need their Gram matrix.
+
+        A module given as `params` is recorded already. Linear and Conv layers are, where they are
+        called as modules. Raises ValueError where the module has no such layer.
+        """
+        wanted: set[Tensor] = set()
+        for group in self.param_groups:
+            cls = self._rules[group["rule"]]
+            if needs_gram(_instance(cls, {k: _host(group[k], k) for k in hints(cls)})):
+                wanted.update(group["params"])
+        found = {x.tensor: x.layers for x in of_module(module) if x.layers and x.tensor in wanted}
+        if not found:
+            raise ValueError(
+                f"{type(module).__name__} has no Linear or Conv layer whose weight is stepped by a "
+                "rule that needs a gram; call it with the model whose parameters were given"
+            )
+        for weight, layers in found.items():
+            self._recorder.watch(weight, layers)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log: steps skipped so far, and eigenvalues that roots found negative.
+
+        "negatives" is there where a rule counts them; to read it waits for the device.
+        """
+        counts = [s["negatives"] for s in self.state.values() if "negatives" in s]
+        numbers = {"skipped_steps": float(self.skipped_steps)}
+        return numbers | ({"negatives": sum(float(x.sum()) for x in counts)} if counts else {})
 
     @property
     def routing(self) -> Routing:
@@ -144,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         shared: dict[str, Any] = {}
         if rest is None:
             shared = {k: given.get(k, getattr(base, k)) for k in ("lr", "weight_decay", "every")}
-            rest = _made(AdamW, shared)
+            rest = _made(SGD if needs_gram(rule) else AdamW, shared)
         seen_as = param_group.get("seen_as")
         if seen_as is not None:
             check_view(seen_as)
@@ -157,14 +213,19 @@ class Optimizer(torch.optim.Optimizer):
             parts.setdefault((taken is rule, view), []).append((x, why))
         extra = {k: v for k, v in param_group.items() if k in FOREIGN}
         extra["maximize"] = param_group.get("maximize", self.defaults["maximize"])
-        before = len(self.param_groups)
+        before = len(self.param_groups), dict(self._rules), dict(self._why)
         try:
             for (own, view), members in (parts or {(True, ""): []}).items():
                 values = given if own else shared
                 self._add(rule if own else rest, values, {**extra, "seen_as": view}, members)
         except Exception:
-            del self.param_groups[before:]
+            del self.param_groups[before[0] :]
+            _, self._rules, self._why = before
             raise
+        taken = [x for (own, _), members in parts.items() if own for x, _ in members]
+        for x in taken:
+            if x.layers and needs_gram(rule):
+                self._recorder.watch(x.tensor, x.layers)
 
     def _add(
         self,
@@ -174,11 +235,14 @@ class Optimizer(torch.optim.Optimizer):
         members: Sequence[tuple[Named, str]],
     ) -> None:
         """Add a group of one rule and view; hyperparameters given as tensors stay the same ones."""
+        for x, _ in members:
+            # A shape that the rule's memories cannot have is refused here, not in the first step.
+            _seen(rule, x.tensor.shape, extra["seen_as"])
         cls, values = type(rule), _values(rule)
         values |= {k: v for k, v in given.items() if isinstance(v, Tensor)}
-        name = cls.__name__
-        if self._rules.get(name, cls) is not cls:
-            name = f"{cls.__module__}.{cls.__qualname__}"
+        full = f"{cls.__module__}.{cls.__qualname__}"
+        names = chain([cls.__name__, full], (f"{full}#{i}" for i in count(2)))
+        name = next(x for x in names if self._rules.get(x, cls) is cls)
         params = [(x.name, x.tensor) if x.name else x.tensor for x, _ in members]
         keep = {"params": params, "rule": name, **values, **extra}
         super().add_param_group(keep)
@@ -209,40 +273,70 @@ class Optimizer(torch.optim.Optimizer):
         """One step of every parameter that has a gradient; returns the closure's loss.
 
         Raises RuntimeError for sparse gradients, and ValueError where `on_nonfinite="raise"` meets
-        a NaN or Inf or where a group has a hyperparameter that its rule cannot have; then nothing
-        has changed.
+        a NaN or Inf, where a group has a hyperparameter that its rule cannot have, and where a
+        context is missing, of another shape, or not finite (which "skip" skips); then nothing has
+        changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            batches = [x for i in range(len(self.param_groups)) for x in self._batches(i)]
-            if self.on_nonfinite == "propagate" or self._finite():
+            norm = _Norm(p.grad for g in self.param_groups for p in g["params"])
+            batches = [x for i in range(len(self.param_groups)) for x in self._batches(i, norm)]
+            if self._finite(batches):
                 for batch in batches:
                     self._run(batch)
         return loss
 
-    def _finite(self) -> bool:
-        """Whether all gradients are finite; counts the step as skipped, or raises, if not."""
+    def _finite(self, batches: Sequence[Batch]) -> bool:
+        """Whether what must be finite is; counts the step as skipped, or raises, if not."""
+        needed = {p: batch.seen.context for batch in batches for p in batch.params}
         for i, group in enumerate(self.param_groups):
             for j, p in enumerate(group["params"]):
-                if p.grad is None or bool(p.grad.isfinite().all()):
-                    continue
-                if self.on_nonfinite == "raise":
-                    raise ValueError(
-                        f"the gradient of {self._name(i, j)} has NaN or Inf entries; "
-                        "on_nonfinite='skip' would leave this step out"
-                    )
-                self.skipped_steps += 1
-                return False
+                values = {k: self.context[p][k] for k in needed.get(p, ())}
+                if self.on_nonfinite != "propagate" and p.grad is not None:
+                    values["gradient"] = p.grad
+                for what, value in values.items():
+                    if bool(value.isfinite().all()):
+                        continue
+                    if self.on_nonfinite != "skip":
+                        raise ValueError(
+                            f"the {what} of {self._name(i, j)} has NaN or Inf entries; it must be "
+                            "finite (on_nonfinite='skip' would leave this step out)"
+                        )
+                    self.skipped_steps += 1
+                    return False
         return True
 
     def _name(self, group: int, position: int) -> str:
         names = self.param_groups[group].get("param_names")
         return names[position] if names else f"parameter {position} of group {group}"
 
-    def _batches(self, i: int) -> list[Batch]:
+    def _check_context(self, rule: Rule, p: Tensor, seen: Seen, what: str) -> None:
+        """Raise an error that says what to do where a context does not fit the rule."""
+        given: dict[str, tuple[int, ...]] = {}
+        for name, value in (self.context[p] if p in self.context else {}).items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"the {name} of {what} must be a tensor, not {type(value)}")
+            shape = tuple(value.shape)
+            shared = seen.context.get(name, ())
+            given[name] = shared if seen.count and shape == seen.stack(shared) else shape
+        try:
+            rule.check_context(seen.shape, given, what)
+        except ValueError as error:
+            name = next(k for k, x in seen.context.items() if given.get(k) != x)
+            each = f" (or {seen.stack(seen.context[name])}, one per matrix)" * (seen.count > 1)
+            hint = f"{error}{each}. Set optimizer.context[p][{name!r}] before the step"
+            if name == "gram":
+                hint += (
+                    f", or give {type(self).__name__} the module, whose Linear and Conv layers are "
+                    "recorded where they are called as modules (not by F.linear on the weight), "
+                    "before backward; optimizer.record(module) does so after a copy"
+                )
+            raise ValueError(hint) from None
+
+    def _batches(self, i: int, norm: _Norm) -> list[Batch]:
         """What to run for a group; changes nothing."""
         group = self.param_groups[i]
         cls = self._rules[group["rule"]]
@@ -264,6 +358,8 @@ class Optimizer(torch.optim.Optimizer):
             seen = seen_by_shape.get(p.shape)
             if seen is None:
                 seen = seen_by_shape[p.shape] = _seen(rule, p.shape, view)
+            if seen.context:
+                self._check_context(rule, p, seen, self._name(i, position))
             state = self.state[p] if p in self.state else {}
             step = int(state["step"]) + 1 if "step" in state else 1
             moment = (step, position if rule.stagger else 0)
@@ -281,7 +377,10 @@ class Optimizer(torch.optim.Optimizer):
                 key = (seen, dtype, device, step, ticks, len(part) > 1)
                 if key not in prepared:
                     run = _compiled(rule, seen.shape, ticks, dtype, device, len(part) > 1)
-                    prepared[key] = run, run.scalars({**scalars, "step": float(step)})
+                    own: dict[str, Any] = {**scalars, "step": float(step)}
+                    if "gradient_norm" in run.program.inputs:
+                        own["gradient_norm"] = norm.on(device)
+                    prepared[key] = run, run.scalars(own)
                 batches.append(Batch(*prepared[key], seen, part, maximize))
         return batches
 
@@ -302,6 +401,10 @@ class Optimizer(torch.optim.Optimizer):
             if name in seen.memories:
                 shape = seen.memories[name][0].shape
                 inputs[name] = seen.gather([s[name].to(dtype) for s in states], shape)
+            elif name in seen.context:
+                shape = seen.context[name]
+                given = [self.context[p][name].to(p.device, dtype) for p in params]
+                inputs[name] = seen.gather([x.expand(seen.stack(shape)) for x in given], shape)
         out = run(inputs, scalars)
         del inputs, gradients
         update = out.pop("update", None)
@@ -331,6 +434,11 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 start = torch.from_numpy(slot.start()).to(p.device, dtype)
                 state[name] = start.expand(seen.stack(slot.shape)).reshape(stored).clone()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, or set them to zero, and drop the Gram matrices recorded beside them."""
+        super().zero_grad(set_to_none)
+        self._recorder.forget()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint of the same rules, or of torch's optimizer that a rule is the equal of.
@@ -447,11 +555,13 @@ class Seen:
 
     memories: the slot of each, and the shape that it is stored in: the parameter's own where it is
     as large, else (count, *shape), without count where that is 1.
+    context: the shapes of what the rule needs beyond gradients.
     """
 
     count: int
     shape: tuple[int, ...]
     memories: dict[str, tuple[Slot, torch.Size]]
+    context: dict[str, tuple[int, ...]]
 
     @property
     def size(self) -> int:
@@ -473,6 +583,24 @@ class Seen:
         return value[j * self.count : (j + 1) * self.count]
 
 
+class _Norm:
+    """The Frobenius norm of several gradients together, computed when it is first asked for."""
+
+    def __init__(self, gradients: Iterable[Tensor | None]) -> None:
+        self._gradients = [g for g in gradients if g is not None]
+        self._value: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        """The norm as a tensor of rank 0 on a device, in float32 at least."""
+        value = self._value
+        if value is None:
+            norm = torch.linalg.vector_norm
+            parts = [norm(g, dtype=_arithmetic(g.dtype)).to(device) for g in self._gradients]
+            dtype = max((x.dtype for x in parts), key=lambda x: x.itemsize)
+            value = self._value = norm(torch.stack([x.to(dtype) for x in parts]))
+        return value.to(device)
+
+
 @lru_cache(maxsize=4096)
 def _seen(rule: Rule, shape: torch.Size, view: str) -> Seen:
     count, traced = 0, canonical(shape)
@@ -484,7 +612,7 @@ def _seen(rule: Rule, shape: torch.Size, view: str) -> Seen:
         batch = (count,) if count > 1 else ()
         stored = shape if slot.shape == traced else torch.Size((*batch, *slot.shape))
         memories[name] = slot, stored
-    return Seen(count, traced, memories)
+    return Seen(count, traced, memories, rule.context(traced))
 
 
 @lru_cache(maxsize=4096)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deepopt.describe import table
 from deepopt.rule import Rule
+from torch_backend.layers import groups_of, layers_of
 
 # Names by which people call a last projection and an embedding, for parameters that come by name.
 HEAD = re.compile(r"(^|\.)(lm_head|head|heads|classifier|score|logits|unembed|embed_out|output)$")
@@ -27,11 +28,15 @@ Role: TypeAlias = Literal["embedding", "head", "convolution", "hidden", "named",
 
 @dataclass(frozen=True)
 class Named:
-    """A parameter with its name, if it has one, and its role."""
+    """A parameter with its name, if it has one, and its role.
+
+    layers: those it is the weight of and whose inputs can be recorded; None outside a module.
+    """
 
     name: str
     tensor: Tensor
     role: Role
+    layers: tuple[nn.Module, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,11 @@ def of_module(module: nn.Module) -> list[Named]:
         name, last = list(linears.items())[-1]
         if id(last.weight) not in roles and _is_head(name, last, linears, vocabulary):
             roles[id(last.weight)] = "head"
-    return [Named(name, p, roles.get(id(p), "hidden")) for name, p in parameters]
+    layers = layers_of(module)
+    return [
+        Named(name, p, roles.get(id(p), "hidden"), tuple(layers.get(p, ())))
+        for name, p in parameters
+    ]
 
 
 def _is_head(name: str, last: nn.Linear, linears: dict[str, nn.Linear], vocabulary: int) -> bool:
@@ -154,6 +163,11 @@ def of_iterable(parameters: Any) -> list[Named]:
     return found
 
 
+def needs_gram(rule: Rule) -> bool:
+    """Whether a rule needs the Gram matrix of what a layer is given."""
+    return "gram" in rule.context((1, 1))
+
+
 def route(
     x: Named, rule: Rule, fallback: Rule, view: str, *, chosen: bool, strict: bool, certain: bool
 ) -> tuple[Rule, str, str]:
@@ -164,7 +178,8 @@ def route(
     """
     shape = tuple(x.tensor.shape)
     name = x.name or "a parameter"
-    if rule.domain == "any":
+    gram = needs_gram(rule)
+    if rule.domain == "any" and not gram:
         return rule, "", "takes any shape"
     if len(shape) < 2:
         if strict and not certain:
@@ -177,6 +192,12 @@ def route(
     if x.role in ("embedding", "head") and not chosen:
         view = "" if fallback.domain == "any" else "flatten"
         return fallback, view, f"{x.role} (by place or name): fallback"
+    if gram and x.layers == ():
+        fallback.check(shape, name)
+        view = "" if fallback.domain == "any" else "flatten"
+        return fallback, view, "not of a layer whose inputs are recorded: fallback"
+    if gram and x.layers and (groups := groups_of(x.layers[0])) > 1:
+        return rule, f"split:{groups}", "convolution as a matrix per group"
     unknown = x.role in ("named", "") if len(shape) > 2 else x.role == "" and not chosen
     if strict and unknown:
         raise ValueError(
@@ -184,7 +205,7 @@ def route(
             "a convolution or a stack. Pass the module, or a group with its own rule and view"
         )
     seen = "stacked" if len(shape) > 2 and x.role == "hidden" else "flatten"
-    if x.role == "hidden" and min(matrices(shape, seen)[1:]) == 1 and not chosen:
+    if x.role == "hidden" and min(matrices(shape, seen)[1:]) == 1 and not (chosen or gram):
         fallback.check(shape, name)
         return fallback, "" if fallback.domain == "any" else seen, "a single row: fallback"
     if len(shape) == 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from deepopt.expr import Expr, as_expr, sign
+from deepopt.expr import Expr, Number, as_expr, sign, stop_gradient
 from deepopt.functions import ratio
 from deepopt.memory import Linear, Table, descent, dot, l2_of_moments
 from deepopt.readout import DEGREE_0, ELEMENTWISE, LINEAR
@@ -34,7 +34,7 @@ class SGD(Rule):
     lr: Rate = 1e-2
 
     def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        return g, {}
+        return _descended(w, g, self.lr), {}
 
     def symmetries(self) -> Symmetries:
         return LINEAR
@@ -141,10 +141,11 @@ class GGD(Rule):
         past = [s[f"past_{i}"] for i in range(1, self.states)]
         shares = [self.decay**i for i in range(1, self.states)]
         total = sum(shares, 1.0)
-        shift = sum((c * x for c, x in zip(shares, past, strict=True)), 0.0 * w) / total
-        anchor, rate = w + shift, self.lr / total
+        parts = [c * x for c, x in zip(shares, past, strict=True)]
+        shift = sum(parts[1:], parts[0]) / total if parts else None
+        anchor, rate = w if shift is None else w + shift, self.lr / total
         if self.objective == "dot":
-            d = descent(dot(Table(anchor), -g), rate, "explicit") / total
+            d = _descended(anchor, g, rate) / total
         else:
             gram = self.kappa * s["gram"]
             cross = -_turned(g, self.inputs)
@@ -152,11 +153,16 @@ class GGD(Rule):
                 cross = cross + gram @ _turned(w, self.inputs)
             goal = l2_of_moments(Linear(_turned(anchor, self.inputs)), gram, cross)
             d = _turned(descent(goal, rate, "prox"), self.inputs) / total
-        if not past:
+        if shift is None:
             return d, {}
         change = self.change(w, d, shift)
-        moved = [x - change for x in (0.0 * w, *past[:-1])]
+        moved = [-change, *(x - change for x in past[:-1])]
         return d, {f"past_{i}": x for i, x in enumerate(moved, 1)}, shift
+
+
+def _descended(w: Expr, g: Expr, rate: Number) -> Expr:
+    """Along the dot-product objective of weights, their values held fixed whatever is in g."""
+    return descent(dot(Table(w), -stop_gradient(g)), rate, "explicit")
 
 
 def _turned(x: Expr, inputs: str) -> Expr:

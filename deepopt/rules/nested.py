@@ -259,7 +259,7 @@ class Nest(Rule):
         return slots
 
     def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        total, memories = 0.0 * g, dict[str, Expr]()
+        parts, memories = list[Expr](), dict[str, Expr]()
         for i, kind, retention, period, weight, output in self._levels():
             if period == 1:
                 answer, new = self._written(i, kind, g, retention, s)
@@ -274,7 +274,8 @@ class Nest(Rule):
                 read = s["readout" + i]
                 fresh = mapped(answer, output, self.steps, self.coefficients)
                 memories["readout" + i] = t.when(clock, fresh, read)
-            total = total + weight * read
+            parts.append(weight * read)
+        total = sum(parts[1:], parts[0])
         return scaled(total, self.scale, orthogonal=self._orthogonal()), memories
 
     def _written(

@@ -191,15 +191,13 @@ class MultiFrequency(Rule):
 
     def _sum(self, levels: list[Expr], masses: list[tuple[Number, Number]]) -> Expr:
         """The levels of one factor, added up."""
-        total = 0.0 * levels[0]
+        pairs = list(zip(levels, masses, strict=True))
         if self.weighting == "static":
-            for x, (weight, mass) in zip(levels, masses, strict=True):
-                total = total + weight * _by_mass(x, mass)
-            return total
-        whole: Number = 0.0
-        for x, (weight, mass) in zip(levels, masses, strict=True):
-            total, whole = total + weight * x, whole + weight * mass
-        return _by_mass(total, whole)
+            parts = [weight * _by_mass(x, mass) for x, (weight, mass) in pairs]
+            return sum(parts[1:], parts[0])
+        parts = [weight * x for x, (weight, _) in pairs]
+        shares = [weight * mass for weight, mass in masses]
+        return _by_mass(sum(parts[1:], parts[0]), sum(shares[1:], shares[0]))
 
     def symmetries(self) -> Symmetries:
         return _symmetries(self)

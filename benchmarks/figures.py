@@ -1,0 +1,55 @@
+"""What the pages of the small experiments share: palette pictures, and tables between markers."""
+
+import io
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+STYLE: dict[str, Any] = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+}
+
+
+def save(figure: Figure, path: Path, dpi: int = 80, colours: int = 96) -> None:
+    """The figure as a palette PNG: the same bytes for the same figure and library versions."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with io.BytesIO() as raw:
+        figure.savefig(raw, format="png", dpi=dpi, metadata={"Software": None})
+        picture = Image.open(raw).convert("RGB")
+    few = picture.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
+
+
+def between(page: Path, name: str, text: str) -> None:
+    """Put text between the page's comments `<!-- name -->` and `<!-- /name -->`."""
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, found, rest = page.read_text().partition(first)
+    _, closed, after = rest.partition(last)
+    if not found or not closed:
+        raise ValueError(f"{page} has no pair of comments {first} and {last}")
+    page.write_text(f"{before}{first}\n{text}\n{last}{after}")
+
+
+def conditions() -> dict[str, str]:
+    """What every record says of its run."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "matplotlib": matplotlib.__version__,
+    }

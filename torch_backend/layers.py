@@ -1,0 +1,180 @@
+"""Gram matrices of what layers are given, recorded beside the gradients of their weights."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, TypeAlias
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# What rules need of a parameter beyond its gradient: parameter -> name -> tensor.
+Context: TypeAlias = defaultdict[Tensor, dict[str, Tensor]]
+# The most numbers of a convolution's patches that are laid out at a time.
+PATCHES = 1 << 24
+
+
+def groups_of(layer: nn.Module) -> int:
+    """Into how many groups a layer cuts its inputs, each with a Gram matrix of its own."""
+    return int(getattr(layer, "groups", 1))
+
+
+def layers_of(module: nn.Module) -> dict[Tensor, list[nn.Module]]:
+    """The Linear and Conv layers of a module by weight; not those that are never called.
+
+    nn.MultiheadAttention reads the weight of its output projection without calling it.
+    """
+    attention = [x for x in module.modules() if isinstance(x, nn.MultiheadAttention)]
+    silent = {id(x.out_proj) for x in attention}
+    found: dict[Tensor, list[nn.Module]] = {}
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            # A parametrised weight is computed anew in every forward.
+            if isinstance(layer.weight, nn.Parameter) and id(layer) not in silent:
+                found.setdefault(layer.weight, []).append(layer)
+    return found
+
+
+@dataclass
+class Sum:
+    """A recorded Gram matrix, how many rows it is the mean over, and the last backward pass."""
+
+    gram: Tensor
+    rows: int = 0
+    backward: int = -1
+
+
+class Recorder:
+    """Writes the "gram" of watched weights into a context whenever a backward pass meets them.
+
+    It is Σ xᵀx over all uses of a weight, by the rows of its first use in each backward pass: uses
+    in one pass add up, as their gradients do, and passes that accumulate gradients of loss/k are
+    averaged over. Like a gradient it starts anew where the weight's `.grad` is None.
+    Shapes: d × d for d inputs, groups × d × d for a convolution with groups; float32 at least.
+    Memory: that, and what autograd keeps anyway; activation checkpointing is seen through.
+    One process, without torch.compile: Gram matrices are not averaged over data-parallel workers.
+    Copies and pickles watch nothing and keep only what was not recorded.
+    """
+
+    def __init__(self, context: Mapping[Tensor, dict[str, Tensor]] | None = None) -> None:
+        self.context: Context = defaultdict(dict, context or {})
+        self._layers: dict[Tensor, list[nn.Module]] = {}
+        self._sums: dict[Tensor, Sum] = {}
+
+    def __contains__(self, weight: Tensor) -> bool:
+        return weight in self._layers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        given = {p: dict(values) for p, values in self.context.items()}
+        for weight in self._recorded():
+            del given[weight]["gram"]
+        return Recorder, ({p: values for p, values in given.items() if values},)
+
+    def watch(self, weight: Tensor, layers: Sequence[nn.Module]) -> None:
+        """Record what these layers, which share the weight, are given from now on."""
+        watched = self._layers.setdefault(weight, [])
+        for layer in layers:
+            if not any(layer is x for x in watched):
+                watched.append(layer)
+                layer.register_forward_hook(_Hook(self), with_kwargs=True)
+
+    def forget(self) -> None:
+        """Drop what was recorded, as zero_grad does with gradients."""
+        for weight in self._recorded():
+            del self.context[weight]["gram"]
+        self._sums.clear()
+
+    def _recorded(self) -> list[Tensor]:
+        """The weights whose gram nobody has replaced."""
+        return [p for p, x in self._sums.items() if self.context[p].get("gram") is x.gram]
+
+    def add(self, layer: Any, weight: Tensor, x: Tensor, rows: int, backward: int) -> None:
+        """Add one use of a weight on this many rows, in the backward pass of this number."""
+        known, groups, side = self._sums.get(weight), groups_of(layer), prod(weight.shape[1:])
+        if known is not None:
+            replaced = self.context[weight].get("gram") is not known.gram
+            anew = known.backward != backward and weight.grad is None
+            known = None if replaced or anew else known
+        if known is None:
+            shape = (groups, side, side) if groups > 1 else (side, side)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            known = Sum(torch.zeros(shape, dtype=dtype, device=weight.device))
+            self._sums[weight], self.context[weight]["gram"] = known, known.gram
+        if known.backward != backward:
+            before, known.backward = known.rows, backward
+            known.rows += rows
+            known.gram.mul_(before / max(known.rows, 1))
+        if known.gram.numel():
+            gram = known.gram.view(groups, side, side)
+            for keys in _keys(layer, x.to(gram.dtype), rows):
+                gram.baddbmm_(keys.mT, keys, alpha=1.0 / max(known.rows, 1))
+
+
+def _keys(layer: Any, x: Tensor, rows: int) -> Iterator[Tensor]:
+    """What a layer multiplies its flattened weight with, some rows at a time: groups × rows × d."""
+    if isinstance(layer, nn.Linear):
+        yield x.reshape(1, -1, x.shape[-1])
+        return
+    axes, side = len(layer.kernel_size), prod(layer.weight.shape[1:])
+    x = x.unsqueeze(0) if x.ndim == axes + 1 else x
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode)
+    most = PATCHES * len(x) // max(1, rows * side * layer.groups)
+    windows = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for axis, (size, stride, dilation) in enumerate(windows, 2):
+        x = x.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # images × groups × channels × places … × offsets …
+    x = x.unflatten(1, (layer.groups, -1))
+    places, offsets = range(3, 3 + axes), range(3 + axes, 3 + 2 * axes)
+    for part in x.permute(1, 0, *places, 2, *offsets).split(max(1, most), 1):
+        yield part.reshape(layer.groups, -1, side)
+
+
+class _Hook:
+    """What a layer calls after its forward; copies and pickles of the layer call nothing."""
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self._recorder = None if recorder is None else ref(recorder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
+
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        recorder = self._recorder() if self._recorder else None
+        weight: Any = layer.weight
+        if recorder is None or weight not in recorder:
+            return output
+        if not torch.is_grad_enabled() or not weight.requires_grad:
+            return output
+        x = args[0] if args else kwargs["input"]
+        return _Use.apply(output, x.detach(), layer, recorder)
+
+
+class _Use(torch.autograd.Function):
+    """The identity on a layer's output, whose backward records the layer's input."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, layer: Any, recorder: Recorder) -> Tensor:
+        # Saved the way of autograd, so that activation checkpointing may drop and recompute it.
+        ctx.save_for_backward(x)
+        ctx.layer, ctx.weight, ctx.recorder = layer, layer.weight, recorder
+        # A reentrant checkpoint runs forward, and a backward of its own, inside the backward pass.
+        ctx.outer = torch._C._current_graph_task_id()
+        # Not a view, which could not be written in place.
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        backward = torch._C._current_graph_task_id() if ctx.outer < 0 else ctx.outer
+        with torch.no_grad():
+            rows = grad.numel() // max(1, len(weight))
+            ctx.recorder.add(ctx.layer, weight, x, rows, backward)
+        return grad, None, None, None
