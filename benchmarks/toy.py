@@ -5,7 +5,6 @@ comparison, heavy ball and the library's default. Writes results/toy.jsonl, the 
 between its markers, and the picture there.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +47,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 KEYS = {"g": False, "g/‖g‖": True}
 RATES = (0.01, 0.1, 1.0)
-LRS = (0.001, 0.01, 0.1)
+LRS = (0.01, 0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,9 @@ def settings() -> list[Setting]:
 
 
 def references() -> list[Setting]:
-    """What the 162 are compared with."""
-    plain = [Setting("heavy ball", "g", "row", 1.0, lr) for lr in LRS]
+    """What the 162 are compared with; heavy ball at every rate·lr of theirs."""
+    products = sorted({round(rate * lr, 9) for rate, lr in product(RATES, LRS)})
+    plain = [Setting("heavy ball", "g", "row", 1.0, lr) for lr in products]
     return plain + [Setting("default", "g/‖g‖", "row", 1.0, lr) for lr in LRS]
 
 
@@ -168,3 +168,64 @@ def totals(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         own = [r for r in records if (r["form"], r["key"]) == (form, key)]
         fell, got = (sum(r[k] for r in own) for k in ("diverged", "reached"))
         yield f"{form}, key {key}: {fell} of {len(own)} diverged, {got} reached"
+
+
+def draw(shown: Sequence[tuple[str, str, Setting, int]]) -> None:
+    """Trajectories on the landscape, and ψ against the step."""
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
+        landscape(left, (-5.2, 3.4), (-4.6, 4.6))
+        rim = [patheffects.withStroke(linewidth=2.6, foreground="white")]
+        for name, colour, setting, steps in shown:
+            points = path(setting.rule(), SEEN[setting.seen], steps)
+            left.plot(*points.T, color=colour, lw=1.2, path_effects=rim)
+            values = psi(points.T)
+            label = f"{name}, {what(setting)}"
+            right.plot(values, color=colour, lw=1.3, label=label)
+            if values[-1] > 1e6:
+                right.plot(len(values) - 1, 3e5, "^", color=colour, ms=6, clip_on=False)
+        left.plot(*START, "o", color="black", ms=4)
+        left.annotate("start", START, (-4.4, 2.4))
+        left.plot(0, 0, "*", color="black", ms=9)
+        left.set(xlabel="r", ylabel="θ", title="Trajectories on ψ(r, θ); the star is the optimum")
+        right.axhline(TARGET, color="0.6", lw=0.8, ls=":")
+        right.annotate("target", (1, TARGET * 1.4), color="0.4")
+        right.set(yscale="log", ylim=(1e-8, 3e5), xlim=(0, max(n for *_, n in shown)))
+        right.set(xlabel="step", title="ψ; a triangle leaves the picture for ever")
+        right.legend(loc="upper right")
+        save(figure, PICTURE)
+        plt.close(figure)
+
+
+def landscape(axes: Any, r: tuple[float, float], theta: tuple[float, float]) -> None:
+    """Contours of the toy."""
+    grid = np.array(np.meshgrid(np.linspace(*r, 240), np.linspace(*theta, 240)))
+    levels = np.linspace(-1.5, 3.2, 12)
+    axes.contourf(*grid, np.log10(psi(grid)), levels, cmap="Greys", extend="both", alpha=0.55)
+    axes.set(xlim=r, ylim=theta)
+
+
+def what(setting: Setting) -> str:
+    """The setting's numbers."""
+    if setting.form == "heavy ball":
+        return f"lr {setting.lr:g}"
+    return f"key {setting.key}, rate {setting.rate:g}, lr {setting.lr:g}"
+
+
+def main() -> int:
+    """Run everything; returns the exit status."""
+    asked = references() + settings()
+    records: list[dict[str, Any]] = []
+    for i, setting in enumerate(asked):
+        records.append(run(setting))
+        print(f"\r[{i + 1}/{len(asked)}] {setting.form:12}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    RESULTS.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    print("\n".join(totals(records)))
+    between(PAGE, "table", markdown(records))
+    draw(SHOWN)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -10,11 +10,11 @@ from deepopt.algebra import Program
 from deepopt.expr import Expr, Shape, topological
 from deepopt.functions import definition
 from deepopt.latex import text_of, ticks
-from deepopt.memory import Level
 from deepopt.rule import Rule, checked_rule, traced
 
 # Operations per n³ of a square argument, and per n entries of the result: LAPACK's usual counts.
 PRIMITIVES = {"solve": (2 / 3, 2), "eigenvectors": (9, 0), "orthonormal": (4 / 3, 4 / 3)}
+NO_MEMORY = "no memory that an objective writes"
 FREE = {"input", "constant", "array", "reshape", "transpose", "stop_gradient"}
 
 
@@ -59,9 +59,10 @@ def describe(rule: Rule, shape: Shape = (256, 256)) -> str:
     Raises ValueError where the rule cannot take the shape.
     """
     checked_rule(rule).check(shape, "the example")
-    program, levels = traced(rule, shape, frozenset({"every"}))
+    program, _ = traced(rule, shape, frozenset({"every"}))
     ticking, _ = traced(rule, shape, frozenset({"every", *rule.clocks()}))
     slots = rule.all_slots(shape)
+    rows = nest(rule, shape)
     n, size = max(prod(shape), 1), " × ".join(map(str, shape))
     read = {k for k in (*program.inputs, *program.outputs) if k in slots}
     written = {k for k in program.outputs if k in slots}
@@ -74,7 +75,7 @@ def describe(rule: Rule, shape: Shape = (256, 256)) -> str:
             "",
             cleandoc(type(rule).__doc__ or ""),
             "",
-            _nest(rule, program, levels, shape),
+            table(rows) if len(rows) > 1 else NO_MEMORY,
             "",
             f"one step at {size}; a prime marks what is new:",
             *_lines(rule, shape),
@@ -88,8 +89,9 @@ def describe(rule: Rule, shape: Shape = (256, 256)) -> str:
     )
 
 
-def _nest(rule: Rule, program: Program, levels: Sequence[Level], shape: Shape) -> str:
-    """The table of the memories that the step keeps, from the writes recorded in its trace."""
+def nest(rule: Rule, shape: Shape) -> list[list[str]]:
+    """The memories that a step keeps, from the writes recorded in its trace: a head and rows."""
+    program, levels = traced(rule, shape, frozenset({"every"}))
     rows = [["memory", "structure", "keys", "values", "objective", "retention", "rate", "period"]]
     slots = rule.all_slots(shape)
     for level in levels:
@@ -104,7 +106,7 @@ def _nest(rule: Rule, program: Program, levels: Sequence[Level], shape: Shape) -
         objective = f"{level.objective} ({level.solver})"
         rates = [_short(level.retention), _short(level.rate)]
         rows.append([level.name, level.structure, *pairs, objective, *rates, str(period)])
-    return table(rows) if len(rows) > 1 else "no memory that an objective writes"
+    return rows
 
 
 def _short(x: Expr | None) -> str:

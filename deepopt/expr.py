@@ -338,6 +338,8 @@ def transpose(x: Expr) -> Expr:
 
 def stop_gradient(x: Expr) -> Expr:
     """x, which a derivative taken by `grad` regards as a constant."""
+    if x.op == "neg":
+        return neg(stop_gradient(x.args[0]))
     return node("stop_gradient", (x,), x.shape)
 
 

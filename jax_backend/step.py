@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -26,14 +26,8 @@ NO_PARAMS = (
     "not passing `params` when calling `update`."
 )
 
-# What would be right for a context, by its name.
-RIGHT = {
-    "gram": ": the mean over rows of xᵀx of the layer's inputs x; where these meet the first axis, as "
-    'in flax kernels (in, out), the rule is told by inputs="first"'
-}
-
-# The weight (None where it is unknown), gradient, memories and context of a leaf.
-Leaf: TypeAlias = tuple[Any, Any, dict[str, Any], dict[str, Any]]
+# The weight (None where it is unknown), gradient, and memories and context of a leaf.
+Leaf: TypeAlias = tuple[Any, Any, dict[str, Any]]
 _is_none = partial(is_, None)
 
 
@@ -68,48 +62,47 @@ class Stepper:
         return RuleState(jnp.zeros([], jnp.int32), slots)
 
     def update(
-        self,
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        context: Mapping[str, Any] | None = None,
-        gradients: Any = None,
-        **_: Any,
+        self, updates: Any, state: Any, params: Any = None, **extra: Any
     ) -> tuple[Any, RuleState]:
         """One step; a leaf of params whose gradient is None stays as it is.
 
-        context: by name, trees with the params' structure of what the rule needs beyond gradients.
-        gradients: what the gradient norm is of, where these updates are only a part.
+        extra: context, see `transform`; gradients, those of all leaves where updates are masked.
         """
-        paths, tree = jax.tree.flatten_with_path(updates, is_leaf=_is_none)
-        weights = [None] * len(paths) if params is None else tree.flatten_up_to(params)
-        for w, (_, g) in zip(weights, paths, strict=True):
+        gradients, tree = jax.tree.flatten(updates, is_leaf=_is_none)
+        weights = [None] * len(gradients) if params is None else tree.flatten_up_to(params)
+        for w, g in zip(weights, gradients, strict=True):
             if w is not None and g is not None and jnp.shape(w) != jnp.shape(g):
                 raise ValueError(f"a leaf of shape {jnp.shape(w)} has an update of {jnp.shape(g)}")
-        memories: list[dict[str, Any]] = [{} for _ in paths]
-        for name, slot in state.slots.items():
-            for memory, value in zip(memories, tree.flatten_up_to(slot), strict=True):
+        memories: list[dict[str, Any]] = [{} for _ in gradients]
+        known, context = dict(state.slots), extra.get("context") or {}
+        nothing = jax.tree.map(lambda _: None, updates, is_leaf=is_absent)
+        for name in self.rule.context((1, 1)):
+            given, checked = context.get(name, nothing), partial(self._context, name)
+            known[name] = jax.tree.map_with_path(checked, updates, given, is_leaf=is_absent)
+        for name, values in known.items():
+            for memory, value in zip(memories, tree.flatten_up_to(values), strict=True):
                 memory[name] = value
-        contexts = self._contexts(updates, context or {}, paths)
-        together = zip(weights, paths, memories, contexts, strict=True)
-        leaves: list[Leaf] = [(w, g, m, c) for w, (_, g), m, c in together]
-        phases, variants = self._phases(leaves), ticking_together(self._periods())
+        leaves: list[Leaf] = list(zip(weights, gradients, memories, strict=True))
         count = optax.safe_increment(state.count)
         scalars = self._scalars(state.count) | {"step": count}
-        if self._reads_norm(variants, [leaves[i] for members in phases.values() for i in members]):
-            scalars["gradient_norm"] = _norm(updates if gradients is None else gradients)
+        phases = self._phases(leaves)
+        ways = {phase: self._variant(count, phase) for phase in phases}
+        shapes = {_seen(self.rule, jnp.shape(gradients[i]))[1] for x in phases.values() for i in x}
+        programs = [trace(self.rule, x, v) for x in shapes for way in ways.values() for v in way[0]]
+        if any("gradient_norm" in program.inputs for program in programs):
+            wide = jax.tree.map(lambda x: x.astype(_arithmetic(x)), extra.get("gradients", updates))
+            scalars["gradient_norm"] = optax.tree.norm(wide)
         decays = self._decays(updates, params)
         given = [scalars if decay else scalars | {"weight_decay": 0.0} for decay in decays]
-        stepped = [(g, m) for _, g, m, _ in leaves]
         for phase, members in phases.items():
-            branches = [partial(self._branch, v, [given[i] for i in members]) for v in variants]
-            chosen = self._chosen(variants, count, phase)
-            results = jax.lax.switch(chosen, branches, [leaves[i] for i in members])
-            for i, result in zip(members, results, strict=True):
-                stepped[i] = result
-        slots = {k: tree.unflatten([m[k] for _, m in stepped]) for k in state.slots}
-        return tree.unflatten([u for u, _ in stepped]), RuleState(count, slots)
+            variants, chosen = ways[phase]
+            scalars = [given[i] for i in members]
+            branches = [partial(_each, partial(self._leaf, v), scalars) for v in variants]
+            stepped = jax.lax.switch(chosen, branches, [leaves[i] for i in members])
+            for i, leaf in zip(members, stepped, strict=True):
+                leaves[i] = leaf
+        slots = {k: tree.unflatten([memories[k] for *_, memories in leaves]) for k in state.slots}
+        return tree.unflatten([g for _, g, _ in leaves]), RuleState(count, slots)
 
     def _start(self, path: Any, p: Any) -> dict[str, jax.Array]:
         """The initial memories of a leaf, which may be an abstract value or sharded."""
@@ -131,31 +124,21 @@ class Stepper:
                 starts[name] = jnp.broadcast_to(start, (*batch, *slot.shape))
         return starts
 
-    def _contexts(
-        self, updates: Any, context: Mapping[str, Any], paths: Sequence[Any]
-    ) -> list[dict[str, Any]]:
-        """What the rule needs of each leaf beyond its gradient; ValueError where it is not so."""
-        contexts: list[dict[str, Any]] = [{} for _ in paths]
-        # A leaf that optax has masked here is not masked in a context.
-        every, tree = jax.tree.flatten(updates, is_leaf=lambda x: x is None or is_masked(x))
-        for name in self.rule.context((1, 1)):
-            whole = context.get(name)
-            values = [None] * len(every) if whole is None else tree.flatten_up_to(whole)
-            own = [x for u, x in zip(every, values, strict=True) if not is_masked(u)]
-            for (path, g), x, found in zip(paths, own, contexts, strict=True):
-                if g is None or not jnp.size(g):
-                    continue
-                batch, shape = _seen(self.rule, jnp.shape(g))
-                needed = (*batch, *self.rule.context(shape)[name])
-                if getattr(x, "shape", None) != needed:
-                    got = f"got shape {x.shape}" if hasattr(x, "shape") else "there is none"
-                    raise ValueError(
-                        f"{type(self.rule).__name__} needs the {name} of the leaf at params"
-                        f"{jax.tree_util.keystr(path)}, of shape {needed}, and {got}; give update("
-                        f"..., context={{{name!r}: a tree like params}}){RIGHT.get(name, '')}"
-                    )
-                found[name] = x
-        return contexts
+    def _context(self, name: str, path: Any, g: Any, x: Any) -> Any:
+        """x, what the rule needs of a leaf beyond its gradient; ValueError where it is not that."""
+        if is_absent(g) or not jnp.size(g):
+            return g
+        batch, shape = _seen(self.rule, jnp.shape(g))
+        needed = (*batch, *self.rule.context(shape)[name])
+        if is_absent(x) or jnp.shape(x) != needed:
+            got = "there is none" if is_absent(x) else f"got shape {jnp.shape(x)}"
+            raise ValueError(
+                f"{type(self.rule).__name__} needs the {name} of the leaf at params"
+                f"{jax.tree_util.keystr(path)}, of shape {needed}: {got}. Pass update(..., context="
+                f"{{{name!r}: a tree like params}}); a gram is the mean over rows of xᵀx for the "
+                'inputs x of the layer, and for flax kernels (in, out) the rule has inputs="first"'
+            )
+        return x
 
     def _scalars(self, count: Any) -> dict[str, Any]:
         """The hyperparameters at this count: Python numbers, and arrays of run-time values."""
@@ -180,45 +163,30 @@ class Stepper:
         """The positions of the leaves whose clocks tick together, by their shift in updates."""
         cycle = lcm(*self.rule.clocks().values()) if self.rule.stagger else 1
         phases: dict[int, list[int]] = {}
-        for i, (_, g, *_) in enumerate(leaves):
+        for i, (_, g, _) in enumerate(leaves):
             if g is not None and jnp.size(g):
                 phases.setdefault(i % cycle, []).append(i)
         return phases
 
-    def _periods(self) -> dict[str, int]:
-        """The clocks, "every" included, with their periods in steps."""
+    def _variant(self, count: Any, phase: int) -> tuple[list[frozenset[str]], Any]:
+        """Every set of clocks that can tick together, and the position of the one that does."""
         every = self.rule.every
-        return {"every": every} | {k: every * n for k, n in self.rule.clocks().items()}
-
-    def _chosen(self, variants: Sequence[frozenset[str]], count: Any, phase: int) -> Any:
-        """The position of the set of clocks that ticks at this count."""
-        shift = phase * self.rule.every
-        due = {k: (count % n + shift) % n == 0 for k, n in self._periods().items()}
+        periods = {"every": every} | {k: every * n for k, n in self.rule.clocks().items()}
+        variants = ticking_together(periods)
+        due = {k: (count % n + phase * every) % n == 0 for k, n in periods.items()}
         matches = [jnp.stack([due[k] == (k in v) for k in due]).all() for v in variants]
-        return jnp.argmax(jnp.stack(matches))
+        return variants, jnp.argmax(jnp.stack(matches))
 
-    def _reads_norm(self, variants: Sequence[frozenset[str]], leaves: Sequence[Leaf]) -> bool:
-        """Whether a program of these leaves reads the norm of all gradients."""
-        shapes = {_seen(self.rule, jnp.shape(g))[1] for _, g, *_ in leaves}
-        programs = [trace(self.rule, shape, v) for shape in shapes for v in variants]
-        return any("gradient_norm" in program.inputs for program in programs)
-
-    def _branch(
-        self, ticking: frozenset[str], scalars: Sequence[Mapping[str, Any]], leaves: list[Leaf]
-    ) -> list[tuple[Any, dict[str, Any]]]:
-        """The update and the memories of each leaf after a step on which these clocks tick."""
-        return [self._leaf(ticking, s, leaf) for s, leaf in zip(scalars, leaves, strict=True)]
-
-    def _leaf(
-        self, ticking: frozenset[str], scalars: Mapping[str, Any], leaf: Leaf
-    ) -> tuple[Any, dict[str, Any]]:
-        w, g, memories, context = leaf
+    def _leaf(self, ticking: frozenset[str], scalars: Mapping[str, Any], leaf: Leaf) -> Leaf:
+        """The update, in the place of g, and the memories after these clocks have ticked."""
+        w, g, memories = leaf
         batch, shape = _seen(self.rule, jnp.shape(g))
         program, reads_weights = self._program(shape, ticking, scalars["weight_decay"])
         if w is None and reads_weights:
             raise ValueError(NO_PARAMS)
         dtype = _arithmetic(g, g if w is None else w)
-        slots, needed = self.rule.all_slots(shape), self.rule.context(shape)
+        slots = {name: slot.shape for name, slot in self.rule.all_slots(shape).items()}
+        shapes = slots | self.rule.context(shape)
 
         def seen(x: Any, shape: Shape) -> jax.Array:
             return jnp.asarray(x, dtype).reshape(*batch, *shape)
@@ -226,8 +194,7 @@ class Stepper:
         inputs = {
             k: jnp.asarray(x, dtype) if isinstance(x, jax.Array) else x for k, x in scalars.items()
         }
-        inputs |= {k: seen(m, slots[k].shape) for k, m in memories.items()}
-        inputs |= {k: seen(x, needed[k]) for k, x in context.items()}
+        inputs |= {k: seen(m, shapes[k]) for k, m in memories.items()}
         inputs |= {"g": seen(g, shape), "w": seen(jnp.zeros_like(g) if w is None else w, shape)}
         out = fold(program, Jax(dtype), inputs)
 
@@ -236,23 +203,21 @@ class Stepper:
             full = jnp.broadcast_to(out.get(name, 0.0), inputs[given].shape)
             return full.reshape(jnp.shape(x)).astype(jnp.result_type(x))
 
-        kept = {k: like(k, k, m) if k in out else m for k, m in memories.items()}
-        return like(self.output, "g", g), kept
+        kept = {k: like(k, k, memories[k]) if k in out else memories[k] for k in slots}
+        return None, like(self.output, "g", g), kept
 
     def _program(self, shape: Shape, ticking: frozenset[str], decay: Any) -> tuple[Program, bool]:
         """The program of the output that is asked for, and whether it needs the weights."""
         whole = trace(self.rule, shape, ticking)
-        moves = "update" in whole.outputs and "direction" not in whole.outputs
-        if self.output == "direction" and moves:
-            raise ValueError(
-                f"scale_by_rule({self.rule!r}): this rule moves weights otherwise than along a "
-                "direction that lr scales; use transform(rule), which applies lr and weight decay"
-            )
-        direction = Program({k: x for k, x in whole.outputs.items() if k != "update"})
-        reads_weights = "w" in (whole if moves else direction).inputs
+        rest = Program({k: x for k, x in whole.outputs.items() if k != "update"})
+        reads_weights = "w" in (rest if "direction" in whole.outputs else whole).inputs
         if self.output == "direction":
-            return direction, reads_weights
+            return rest, reads_weights
         return whole, reads_weights or isinstance(decay, jax.Array) or decay != 0
+
+
+def _each(f: Callable[..., Any], *several: Any) -> list[Any]:
+    return list(map(f, *several))
 
 
 def ticking_together(periods: Mapping[str, int]) -> list[frozenset[str]]:
@@ -278,11 +243,6 @@ def _arithmetic(*xs: Any) -> Any:
     return jnp.promote_types(jnp.result_type(*xs), jnp.float32)
 
 
-def _norm(gradients: Any) -> jax.Array:
-    """The norm over all leaves, in the precision of the arithmetic."""
-    squares = [jnp.square(jnp.asarray(g, _arithmetic(g))) for g in jax.tree.leaves(gradients)]
-    return jnp.sqrt(sum(map(jnp.sum, squares), jnp.float32(0.0)))
-
-
-def is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+def is_absent(x: Any) -> bool:
+    """Whether a leaf is left out: None, or masked by optax."""
+    return x is None or isinstance(x, optax.MaskedNode)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from deepopt.rule import Rule, check_hyperparameters, checked_rule, scalar_names
+from deepopt.rule import Rule, check_hyperparameters, checked_rule, scalar_names, trace
 from deepopt.rules import SGD, AdamW
-from jax_backend.step import RuleState, Stepper, is_masked
+from jax_backend.step import RuleState, Stepper, is_absent
 
 
 def scale_by_rule(rule: Rule, **hyperparameters: Any) -> optax.GradientTransformationExtraArgs:
@@ -23,12 +23,15 @@ def scale_by_rule(rule: Rule, **hyperparameters: Any) -> optax.GradientTransform
     Chain it with `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
     hyperparameters: in place of the rule's own. Those that are symbols in the rule may be schedules
         (functions of the step, from 0), arrays or tracers, and tuples of such.
-    With decoupled=False the decay is part of the direction. What a rule needs beyond gradients is
-    given as for `transform`; where its direction reads lr, that is the rule's.
-    Initialising it raises ValueError for leaves that the rule cannot take, and a step for a rule
-    that moves weights otherwise than along a direction.
+    With decoupled=False the decay is part of the direction. Context is given as for `transform`.
+    Raises ValueError for a rule without a direction that lr scales, and when it is initialised for
+    leaves that the rule cannot take.
     """
     known, later = _resolved(rule, hyperparameters)
+    if "direction" not in trace(known, (2, 2), frozenset({"every", *known.clocks()})).outputs:
+        raise ValueError(
+            f"scale_by_rule({known!r}): what it does is no direction for an lr; use transform"
+        )
     return _optax(Stepper(known, later, "direction"))
 
 
@@ -38,16 +41,17 @@ def transform(
     """A rule as a whole optimizer: lr and weight decay applied, other leaves by the fallback.
 
     fallback: for leaves with fewer than two axes under a matrix rule; by default AdamW, or SGD
-        beside a rule that needs a gram, with the rule's lr, weight decay and `every`. Matrices are taken as they are stored, three axes as a
-        stack of them; with more, all but the last are rows, as in a flax convolution. Embeddings
-        and heads look like matrices: give them another rule by `optax.partition`.
+        where the rule needs a gram, with its lr, weight decay and `every`. Matrices are taken as
+        they are stored, three axes as a stack of them; with more, all but the last are rows, as in
+        a flax convolution. Embeddings and heads look like matrices: give them another rule by
+        `optax.partition`.
     mask: which leaves weight decay applies to, as in `optax.adamw`.
     hyperparameters: as in `scale_by_rule`.
-    Params are needed unless the weight decay is the number 0 and the rule reads no weights.
-    What the rule needs of a leaf beyond its gradient is an extra argument of each update, by name a
-    tree with the params' structure: `tx.update(grads, state, params, context={"gram": tree})`;
-    leaves of the fallback have anything there, such as None. Where it is missing or of another
-    shape, ValueError. A norm of all gradients is taken over what this transformation is given.
+    Params are needed unless the weight decay is the number 0 and the rule does not read them.
+    The context of a rule is an extra argument of each update, by name a tree like params:
+    `tx.update(grads, state, params, context={"gram": tree})`, with anything, such as None, at the
+    leaves of the fallback; ValueError where it is missing or of another shape. A rule that reads
+    the norm of all gradients sees that of all updates which this transformation is given.
     """
     known, later = _resolved(rule, hyperparameters)
     own = _optax(Stepper(known, later, "update", mask))
@@ -66,34 +70,24 @@ def transform(
         lambda tree: jax.tree.map(lambda x: "rule" if jnp.ndim(x) > 1 else "fallback", tree),
     )
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        # Each part sees its own leaves only.
-        return parts.update(updates, state, params, **{"gradients": updates, **extra})
+    def update(updates: Any, *args: Any, **extra: Any) -> Any:
+        return parts.update(updates, *args, **{"gradients": updates, **extra})
 
     return optax.GradientTransformationExtraArgs(parts.init, update)
 
 
 def averaged(params: Any, state: Any) -> Any:
-    """The averages of the weights that the rules of an optimizer's state keep beside them.
+    """The averaged weights, for rules inside `deepopt.around.averaged` or `schedule_free`.
 
-    For rules inside `deepopt.around.averaged` or `schedule_free`; leaves whose rule keeps no average
-    stay as they are. Raises ValueError where none does.
+    Leaves whose rule keeps no average stay as they are; ValueError if that is so for all.
     """
-    found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RuleState))
-    slots = [x.slots for x in found if isinstance(x, RuleState)]
-    offsets = [x["average_offset"] for x in slots if "average_offset" in x]
-    if not offsets:
-        raise ValueError(
-            "no rule of this state keeps an average of the weights; put deepopt.around.averaged, or "
-            "schedule_free, around the rule"
-        )
-    for tree in offsets:
-        params = jax.tree.map(
-            lambda x, p: p if is_masked(x) else (p + x).astype(p.dtype),
-            tree,
-            params,
-            is_leaf=is_masked,
-        )
+    states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RuleState))
+    slots = [x.slots for x in states if isinstance(x, RuleState) and "average_offset" in x.slots]
+    if not slots:
+        raise ValueError("the state has no memory average_offset; see deepopt.around.averaged")
+    add = lambda x, p: p if is_absent(x) else (p + x).astype(p.dtype)  # noqa: E731
+    for own in slots:
+        params = jax.tree.map(add, own["average_offset"], params, is_leaf=is_absent)
     return params
 
 

@@ -1,5 +1,7 @@
 """The house: documents run, budgets hold, every public rule says what it must."""
 
+import importlib.util
+import operator
 import re
 import subprocess
 import sys
@@ -85,3 +87,26 @@ def test_the_nest_is_found_behind_every_view(view):
 def test_the_table_shows_the_write_that_is_kept():
     text = describe(rules.Lion())
     assert re.search(r"exp_avg +Table +- +g +dot \(explicit\) +beta2", text)
+
+
+def test_the_pages_of_the_rules_are_those_of_the_rules():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    pages = generate.pages()
+    assert {p.name for p in generate.FOLDER.iterdir()} == set(pages)
+    stale = [name for name, text in pages.items() if (generate.FOLDER / name).read_text() != text]
+    assert not stale, "run python docs/generate.py"
+
+
+def test_the_map_of_the_paper_has_no_hole():
+    text = (ROOT / "docs" / "paper-map.md").read_text()
+    found = set()
+    for cell in re.findall(r"^\| ([\d, -]+)", text, re.MULTILINE):
+        for part in cell.replace(" ", "").split(","):
+            first, _, last = part.partition("-")
+            found |= set(range(int(first), int(last or first) + 1))
+    assert found == set(range(1, 122))
+    for name in re.findall(r"`(deepopt\.[\w.]+)`", text):
+        _, _, *path = name.split(".")
+        assert operator.attrgetter(".".join(path))(sys.modules[".".join(name.split(".")[:2])]), name

@@ -17,19 +17,21 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
     Shapes: any. Memory: a copy of those parameters. Raises ValueError where none has an average.
     """
-    offsets = {p: s["average_offset"] for p, s in optimizer.state.items() if "average_offset" in s}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {p: optimizer.state[p] for p in params if p in optimizer.state}
+    offsets = {p: s["average_offset"] for p, s in states.items() if "average_offset" in s}
     if not offsets:
         raise ValueError(
             "no parameter has an average; take a step by a rule that keeps one, such as "
             "deepopt.around.averaged(AdamW())"
         )
-    with torch.no_grad():
-        kept = {p: p.clone() for p in offsets}
-        try:
+    kept = {p: p.detach().clone() for p in offsets}
+    try:
+        with torch.no_grad():
             for p, offset in offsets.items():
                 p.add_(offset)
-            with torch.enable_grad():
-                yield
-        finally:
+        yield
+    finally:
+        with torch.no_grad():
             for p, old in kept.items():
                 p.copy_(old)

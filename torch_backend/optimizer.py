@@ -167,7 +167,8 @@ class Optimizer(torch.optim.Optimizer):
 
         "negatives" is there where a rule counts them; to read it waits for the device.
         """
-        counts = [s["negatives"] for s in self.state.values() if "negatives" in s]
+        states = [self.state[p] for p in self._why if p in self.state]
+        counts = [s["negatives"] for s in states if "negatives" in s]
         numbers = {"skipped_steps": float(self.skipped_steps)}
         return numbers | ({"negatives": sum(float(x.sum()) for x in counts)} if counts else {})
 

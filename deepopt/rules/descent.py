@@ -62,8 +62,8 @@ class DGD(Rule):
 
     Memory: the weights, a linear memory with the layer's inputs x as keys and minus the output
     gradients as values; L2 objective, written every step.
-    It is descent on the loss plus ½·kappa·‖Wx‖² with x held fixed, so kappa > 0 shrinks the
-    outputs: on ½‖Wx - y‖² it converges to y / (1 + kappa).
+        It is descent on the loss plus ½·kappa·‖Wx‖² with x held fixed, so kappa > 0 shrinks what
+        the layer puts out; on ½‖Wx - y‖² it converges to y / (1 + kappa).
     lr: inner learning rate η, weight per unit of gradient. kappa: share of the erasing term; 1 is
         the paper's, 0 is gradient descent.
     solver: "exact", the minimiser of objective + ‖W - W_t‖²/2η over all rows at once, stable for
