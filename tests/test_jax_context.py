@@ -24,7 +24,7 @@ CONTEXTUAL = [
     DGD,
     rules.DGD(lr=0.1, inputs="first", solver="explicit"),
     rules.GGD(lr=0.1, inputs="first", states=3),
-    rules.PreconditionedMomentum(lr=0.1, preconditioner="given"),
+    rules.PreconditionedMomentum(lr=0.1, values="given"),
 ]
 NEEDED = r"DGD needs the gram of the leaf at params\['a'\], of shape "
 
@@ -58,7 +58,9 @@ def given(rule: Rule) -> tuple[Any, Any, Any, Any]:
         matrices = w[key].reshape(as_matrices(shape))
         gradients = g[key].reshape(STEPS, *matrices.shape)
         both = [contexts(rule, matrices.shape[1:], STEPS + i)[i:] for i in range(len(matrices))]
-        path = [stepped(rule, *x) for x in zip(matrices, gradients.swapaxes(0, 1), both)]
+        path = [
+            stepped(rule, *x) for x in zip(matrices, gradients.swapaxes(0, 1), both, strict=True)
+        ]
         expected[key] = np.stack(path, 1).reshape(STEPS, *shape)
         for name in names:
             whole = np.stack([[x[name] for x in one] for one in both], 1)
