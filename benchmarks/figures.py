@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -26,13 +27,14 @@ STYLE: dict[str, Any] = {
 
 
 def save(figure: Figure, path: Path, dpi: int = 80, colours: int = 96) -> None:
-    """The figure as a palette PNG: the same bytes for the same figure and library versions."""
+    """Save as a palette PNG, of the same bytes for equal figures and library versions; close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with io.BytesIO() as raw:
         figure.savefig(raw, format="png", dpi=dpi, metadata={"Software": None})
         picture = Image.open(raw).convert("RGB")
-    few = picture.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    few = picture.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
+    plt.close(figure)
 
 
 def between(page: Path, name: str, text: str) -> None:

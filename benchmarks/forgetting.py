@@ -65,6 +65,8 @@ MEMORIES = (
     ("exp_avg_slow", "slow_1", "memory_1"),
 )
 
+CURVES = ("HeavyBall", "DeltaMomentum as it is", "DeltaMomentum matrix", "Muon", "AdamW", "Signum")
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -87,7 +89,7 @@ class Stream:
         return self.basis[:, sorted(used)]
 
     def forced(self) -> float:
-        """The mean loss on tasks before the last when each was learnt exactly, with least change."""
+        """The mean loss on tasks but the last where each was learnt exactly, with least change."""
         w = np.zeros((OUTPUTS, INPUTS))
         for axes, target in zip(self.axes, self.targets, strict=True):
             u = self.basis[:, axes]
@@ -113,10 +115,13 @@ def share(x: Array, basis: Array) -> float:
     return float(((x @ basis) ** 2).sum()) / whole if whole > 0 else float("nan")
 
 
-def train(rule: Rule, data: Stream, tasks: int = TASKS) -> tuple[Array, Array]:
+def train(
+    rule: Rule, data: Stream, tasks: int = TASKS, cleared: bool = False
+) -> tuple[Array, Array]:
     """Losses (after each task, of each task); shares (task, step, of step · memory · slow memory).
 
     The learning rate falls linearly to zero within each task and starts again with the next.
+    cleared: start every task with new memories.
     """
     w = np.zeros((OUTPUTS, INPUTS))
     oracle = Oracle(rule, [w])
@@ -125,6 +130,7 @@ def train(rule: Rule, data: Stream, tasks: int = TASKS) -> tuple[Array, Array]:
     with np.errstate(all="ignore"):
         for t in range(tasks):
             u, old = data.basis[:, data.axes[t]], data.old(t)
+            oracle = Oracle(rule, [w]) if cleared else oracle
             for i in range(STEPS):
                 z = data.codes[t, i]
                 error = z @ (w @ u - data.targets[t]).T - data.noise[t, i]
@@ -161,6 +167,7 @@ def run(name: str, rule: Rule, variant: str, seed: int, enough: bool) -> dict[st
     losses, shares = train(rule, data)
     own = np.diagonal(losses)
     lost = [[losses[t, j] - own[j] for t in range(j, TASKS)] for j in range(TASKS - 1)]
+    fresh, _ = train(rule, data, cleared=True)
     seen = np.array([shares[1:, i - 1].mean(0) for i in LOOK])
     return {
         "name": name,
@@ -171,6 +178,7 @@ def run(name: str, rule: Rule, variant: str, seed: int, enough: bool) -> dict[st
         "seed": seed,
         "current": short(own.mean()),
         "forgetting": short(np.mean([x[-1] for x in lost])),
+        "cleared": short((fresh[-1] - np.diagonal(fresh))[:-1].mean()),
         "forced": short(data.forced()),
         "after_later_tasks": [
             short(np.mean([x[k] for x in lost if len(x) > k])) for k in range(TASKS)
@@ -187,3 +195,138 @@ def run(name: str, rule: Rule, variant: str, seed: int, enough: bool) -> dict[st
 def short(x: Any) -> float | None:
     """Four digits of a number, None for one that is not finite."""
     return float(f"{x:.4g}") if np.isfinite(x) else None
+
+
+def percent(values: Sequence[Any]) -> str:
+    """Mean ± standard deviation over seeds, in percent."""
+    if None in values:
+        return "diverged"
+    mean, spread = 100 * np.mean(values), 100 * np.std(values, ddof=1)
+    if abs(mean) < 0.005:
+        return "0"
+    digits = 0 if abs(mean) >= 9.95 else 1 if abs(mean) >= 0.95 else 2
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+def shown(values: Sequence[Any]) -> str:
+    """A mean share, in percent."""
+    if None in values:
+        return "–"
+    mean = 100 * np.mean(values)
+    return f"{mean:.0f}" if mean >= 0.95 else f"{mean:.1f}" if mean >= 0.05 else "0"
+
+
+def both(rows: Sequence[dict[str, Any]], step: int) -> str:
+    """The shares of the memory and, where there is one, of the slow memory."""
+    fast, slow = ([r[k][step] for r in rows] for k in ("memory_share", "slow_share"))
+    return shown(fast) if None in slow else f"{shown(fast)}; {shown(slow)}"
+
+
+def orthogonal_table(records: Sequence[dict[str, Any]]) -> str:
+    """What is forgotten on orthogonal tasks, and where steps and memories point."""
+    table = [
+        "| rule | lr | own task | forgotten | memories cleared | step 10 | step 40 | memory 10 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in RULES:
+        rows = [r for r in records if r["name"] == name and r["variant"] == "orthogonal"]
+        cells = [percent([r[k] for r in rows]) for k in ("current", "forgetting", "cleared")]
+        cells += [shown([r["step_share"][i] for r in rows]) for i in (10, 40)]
+        star = "" if rows[0]["enough"] else " *"
+        table.append(
+            f"| {name} | {rows[0]['lr']:.3g}{star} | {' | '.join(cells)} | {both(rows, 10)} |"
+        )
+    return "\n".join(table)
+
+
+def overlap_table(records: Sequence[dict[str, Any]]) -> str:
+    """What is forgotten where neighbours share a quarter, beyond what learning the next forces."""
+    ages = (1, 3, 7)
+    table = [
+        "| rule | own task | forgotten | beyond forced | memories cleared, beyond forced | "
+        + " | ".join(f"after {k} later" for k in ages)
+        + " |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in RULES:
+        rows = [r for r in records if r["name"] == name and r["variant"] == "overlap"]
+        cells = [percent([r[k] for r in rows]) for k in ("current", "forgetting")]
+        for k in ("forgetting", "cleared"):
+            known = None not in [r[k] for r in rows]
+            cells.append(percent([r[k] - r["forced"] for r in rows]) if known else "diverged")
+        cells += [shown([r["after_later_tasks"][k] for r in rows]) for k in ages]
+        table.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(table)
+
+
+def draw(records: Sequence[dict[str, Any]], chosen: dict[str, Rule]) -> None:
+    """Forgetting of each rule in both variants; the old share of its steps as a task goes on."""
+    names = list(reversed(RULES))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, 3, figsize=(11.5, 4.8), layout="constrained", width_ratios=(1, 1, 1.15)
+        )
+        for panel, variant in zip(axes, SHARED, strict=False):
+            rows = [
+                [r for r in records if (r["name"], r["variant"]) == (n, variant)] for n in names
+            ]
+            for key, colour, face in (("forgetting", "C3", "C3"), ("cleared", "C0", "white")):
+                for y, own in enumerate(rows):
+                    values = [max(r[key], 1e-4) for r in own if r[key] is not None]
+                    panel.plot([min(values), max(values)], [y, y], color=colour, lw=1)
+                    label = {"forgetting": "as it is", "cleared": "memories cleared"}[key]
+                    panel.plot(
+                        np.mean(values),
+                        y,
+                        "o",
+                        color=colour,
+                        mfc=face,
+                        ms=5,
+                        label=label if y == 0 else None,
+                    )
+            panel.set(xscale="log", ylim=(-0.6, len(names) - 0.4), yticks=range(len(names)))
+            panel.grid(axis="y", lw=0.3)
+            panel.minorticks_off()
+            panel.tick_params(axis="y", length=0)
+        axes[0].set(yticklabels=names, xlim=(6e-5, 20), title="Forgotten, orthogonal tasks")
+        axes[0].set_xlabel("loss on old tasks, share of the loss of zero weights")
+        axes[0].set_xticks(
+            [1e-4, 1e-3, 1e-2, 1e-1, 1, 10], ["≤ .01 %", ".1", "1", "10", "100", "1000"]
+        )
+        axes[1].set(yticklabels=[], xlim=(0.18, 14), title="Forgotten, a quarter shared")
+        forced = np.mean([r["forced"] for r in records if r["variant"] == "overlap"])
+        axes[1].axvline(forced, color="0.4", lw=0.8, ls=":")
+        axes[1].annotate(" forced", (forced, len(names) - 0.95), color="0.4", fontsize=7)
+        axes[1].set_xticks([0.25, 0.5, 1, 2, 5, 10], ["25 %", "50", "100", "200", "500", "1000"])
+        axes[1].legend(loc="lower right")
+        for i, name in enumerate(CURVES):
+            _, shares = train(chosen[name], stream(SEEDS[0], 0))
+            curve = shares[1:, :, :2].mean(0)
+            steps = np.arange(1, STEPS + 1)
+            axes[2].plot(steps, curve[:, 0], color=f"C{i}", lw=1.4, label=name)
+            axes[2].plot(steps, curve[:, 1], color=f"C{i}", lw=0.9, ls=":")
+        axes[2].set(yscale="log", ylim=(1e-6, 1.5), xlabel="step into a task")
+        axes[2].set_title("Share along old tasks: step —, memory ···")
+        axes[2].legend(loc="upper left", bbox_to_anchor=(-0.1, -0.12), ncols=3)
+        save(figure, PICTURE)
+
+
+def main() -> int:
+    """Run everything; returns the exit status."""
+    records: list[dict[str, Any]] = []
+    chosen: dict[str, Rule] = {}
+    for i, (name, rule) in enumerate(RULES.items()):
+        print(f"\r[{i + 1}/{len(RULES)}] {name:24}", end="", file=sys.stderr, flush=True)
+        chosen[name], enough = tuned(rule)
+        for variant in SHARED:
+            records += [run(name, chosen[name], variant, seed, enough) for seed in SEEDS]
+    print(file=sys.stderr)
+    RESULTS.write_text("".join(json.dumps(r) + "\n" for r in records))
+    between(PAGE, "orthogonal", orthogonal_table(records))
+    between(PAGE, "overlap", overlap_table(records))
+    draw(records, chosen)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

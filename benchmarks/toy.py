@@ -91,6 +91,17 @@ def references() -> list[Setting]:
     return plain + [Setting("default", "g/‖g‖", "row", 1.0, lr) for lr in LRS]
 
 
+SHOWN = (
+    ("heavy ball", "C0", Setting("heavy ball", "g", "row", 1.0, 0.01)),
+    ("literal", "C3", Setting("literal", "g", "row", 0.1, 0.1)),
+    ("explicit", "0.25", Setting("explicit", "g", "row", 0.01, 0.1)),
+    ("explicit", "C1", Setting("explicit", "g/‖g‖", "row", 0.01, 1.0)),
+    ("prox", "C2", Setting("prox", "g", "row", 0.01, 1.0)),
+    ("prox", "C4", Setting("prox", "g/‖g‖", "row", 0.01, 0.1)),
+)
+SHOWN_STEPS = 900
+
+
 def psi(x: Array) -> Any:
     """The toy of points (r, θ) along the first axis."""
     r, theta = x
@@ -117,7 +128,7 @@ def path(
         return [p.reshape(s) for p, s in zip(np.split(x, sizes), shapes, strict=True)]
 
     oracle, points = Oracle(rule, parts(START)), [START]
-    context = [{k: np.eye(*s) for k, s in rule.context(shape).items()} for shape in shapes]
+    context = [{k: np.eye(s[0]) for k, s in rule.context(shape).items()} for shape in shapes]
     with np.errstate(all="ignore"):
         for _ in range(steps):
             x = points[-1]
@@ -149,16 +160,18 @@ def run(setting: Setting) -> dict[str, Any]:
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     """One row per form and key, and per way to be seen."""
     rows = [
-        "| form | key | seen as | settings | diverged | reached ψ < 1e-4 | fewest steps | at rate, lr |",
-        "|---|---|---|---|---|---|---|---|",
+        "| form | key | seen as | settings | diverged | reached | there at the end | fewest steps "
+        "| at rate, lr |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     groups = list(dict.fromkeys((r["form"], r["key"], r["seen"]) for r in records))
     for form, key, seen in groups:
         own = [r for r in records if (r["form"], r["key"], r["seen"]) == (form, key, seen)]
         good = sorted((r for r in own if r["reached"]), key=lambda r: r["steps"])
         best = f"{good[0]['steps']} | {good[0]['rate']:g}, {good[0]['lr']:g}" if good else "– | –"
-        fell = sum(r["diverged"] for r in own)
-        rows.append(f"| {form} | {key} | {seen} | {len(own)} | {fell} | {len(good)} | {best} |")
+        fell, kept = sum(r["diverged"] for r in own), sum(r["last"] < TARGET for r in good)
+        counts = f"{len(own)} | {fell} | {len(good)} | {kept}"
+        rows.append(f"| {form} | {key} | {seen} | {counts} | {best} |")
     return "\n".join(rows)
 
 
@@ -170,38 +183,38 @@ def totals(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"{form}, key {key}: {fell} of {len(own)} diverged, {got} reached"
 
 
-def draw(shown: Sequence[tuple[str, str, Setting, int]]) -> None:
+def draw() -> None:
     """Trajectories on the landscape, and ψ against the step."""
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained")
-        landscape(left, (-5.2, 3.4), (-4.6, 4.6))
-        rim = [patheffects.withStroke(linewidth=2.6, foreground="white")]
-        for name, colour, setting, steps in shown:
-            points = path(setting.rule(), SEEN[setting.seen], steps)
-            left.plot(*points.T, color=colour, lw=1.2, path_effects=rim)
-            values = psi(points.T)
-            label = f"{name}, {what(setting)}"
-            right.plot(values, color=colour, lw=1.3, label=label)
-            if values[-1] > 1e6:
-                right.plot(len(values) - 1, 3e5, "^", color=colour, ms=6, clip_on=False)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+        landscape(left, (-5.2, 3.4), (-3.4, 4.4))
+        rim = [patheffects.withStroke(linewidth=2.4, foreground="white")]
+        for name, colour, setting in SHOWN:
+            points = path(setting.rule(), SEEN[setting.seen], SHOWN_STEPS)
+            far = bool(np.abs(points[-1]).max() > FAR)
+            style = "--" if far else "-"
+            left.plot(*points.T, style, color=colour, lw=1.1, path_effects=rim)
+            width = 0.7 if KEYS[setting.key] else 1.3
+            label = f"{name}, {what(setting)}" + " (diverges)" * far
+            right.plot(psi(points.T), style, color=colour, label=label, lw=width)
         left.plot(*START, "o", color="black", ms=4)
-        left.annotate("start", START, (-4.4, 2.4))
+        left.annotate("start", START, (-3.7, 2.3))
+        left.annotate("heavy ball: out to (10, 10)\nand back", (1.15, 3.6), ha="left", color="C0")
         left.plot(0, 0, "*", color="black", ms=9)
         left.set(xlabel="r", ylabel="θ", title="Trajectories on ψ(r, θ); the star is the optimum")
-        right.axhline(TARGET, color="0.6", lw=0.8, ls=":")
-        right.annotate("target", (1, TARGET * 1.4), color="0.4")
-        right.set(yscale="log", ylim=(1e-8, 3e5), xlim=(0, max(n for *_, n in shown)))
-        right.set(xlabel="step", title="ψ; a triangle leaves the picture for ever")
+        right.axhline(TARGET, color="0.5", lw=0.8, ls=":")
+        right.annotate("target", (0, TARGET / 5), color="0.4")
+        right.set(yscale="log", ylim=(1e-8, 1e8), xlim=(-8, SHOWN_STEPS))
+        right.set(xlabel="step", title="ψ")
         right.legend(loc="upper right")
         save(figure, PICTURE)
-        plt.close(figure)
 
 
 def landscape(axes: Any, r: tuple[float, float], theta: tuple[float, float]) -> None:
     """Contours of the toy."""
     grid = np.array(np.meshgrid(np.linspace(*r, 240), np.linspace(*theta, 240)))
-    levels = np.linspace(-1.5, 3.2, 12)
-    axes.contourf(*grid, np.log10(psi(grid)), levels, cmap="Greys", extend="both", alpha=0.55)
+    levels = np.linspace(-1.5, 3.6, 13)
+    axes.contourf(*grid, np.log10(psi(grid)), levels, cmap="Greys", extend="both", alpha=0.4)
     axes.set(xlim=r, ylim=theta)
 
 
@@ -223,7 +236,7 @@ def main() -> int:
     RESULTS.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     print("\n".join(totals(records)))
     between(PAGE, "table", markdown(records))
-    draw(SHOWN)
+    draw()
     return 0
 
 

@@ -145,6 +145,9 @@ class Oracle:
             program = trace(rule, shape, rule.ticks(count, index=i))
             inputs = {"w": w.reshape(shape), "g": np.asarray(g, np.float64).reshape(shape)}
             inputs |= {k: np.asarray(x, np.float64) for k, x in c.items()}
+            bad = [k for k in c if not np.isfinite(inputs[k]).all()]
+            if bad:
+                raise ValueError(f"the context {bad} of parameter {i} has NaN or Inf entries")
             rule.check_context(shape, {k: x.shape for k, x in inputs.items()}, f"parameter {i}")
             out = fold(program, NUMPY, {**inputs, **s, **shared})
             out.pop("direction", None)

@@ -167,6 +167,7 @@ def _switches() -> list[Rule]:
             lr=lr, period=(1, 3), weight=(1.0, 0.5), sides="right", block=3, graft="adam", root=1
         ),
         r.SOAP(lr=lr, period=4),
+        r.SOAP(lr=lr, period=3, damping=0.1),
         r.SOAP(lr=lr, period=3, rotate=False, scale="none", betas=(0.9, 0.99), eps=1e-3),
         r.SOAP(lr=lr, period=2, sides="left", refresh="eigh", shampoo_beta=0.8, eps=1e-3),
         r.SOAP(lr=lr, period=5, sides="right", block=3, weight_decay=0.1),

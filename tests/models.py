@@ -1,8 +1,12 @@
-"""Small models whose parameters and gradients are those of real ones."""
+"""Small models whose parameters and gradients are those of real ones, and contexts."""
 
 import torch
+from cases import contexts
 from torch import nn
 from torch.nn import functional as F
+
+from deepopt.rule import hints
+from torch_backend.optimizer import _host, _instance
 
 
 class Block(nn.Module):
@@ -56,6 +60,17 @@ class ConvNet(nn.Module):
 
     def forward(self, x):
         return self.layers(x)
+
+
+def give_context(optimizer: torch.optim.Optimizer, step: int = 0) -> None:
+    """Set what rules need beyond gradients, by shape and step; nothing for torch's optimizers."""
+    known = getattr(optimizer, "_rules", {})
+    for group in optimizer.param_groups if known else ():
+        cls = known[group["rule"]]
+        rule = _instance(cls, {k: _host(group[k], k) for k in hints(cls)})
+        for p in group["params"]:
+            for name, x in contexts(rule, tuple(p.shape), step + 1)[step].items():
+                optimizer.context[p][name] = torch.tensor(x)
 
 
 def with_gradients(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> nn.Module:

@@ -102,6 +102,8 @@ def test_torch_equals_the_oracle_in_float64(case):
     assert max(difference(a, b) for a, b in zip(path, expected, strict=True)) <= case.tolerance
     (state,) = optimizer.state.values()
     for k, v in states[-1].items():
+        if k.endswith("_basis"):
+            continue  # Free in sign.
         assert difference(state[k].numpy().reshape(v.shape), v) <= case.tolerance, k
 
 

@@ -119,8 +119,8 @@ def test_a_context_reaches_the_parts_of_a_chain_and_masked_leaves(x64):
             {},
             r"\(6, 6\): there is none.*context={'gram': .*the mean over rows of xᵀx.*flax",
         ),
-        ((4, 6), {"context": {"grams": {"a": np.ones((6, 6))}}}, "there is none"),
-        ((4, 6), {"context": {"gram": {"a": None}}}, "there is none"),
+        ((4, 6), {"context": {"grams": {"a": np.ones((6, 6))}}}, r"\(6, 6\): there is none"),
+        ((4, 6), {"context": {"gram": {"a": None}}}, r"\(6, 6\): there is none"),
         ((4, 6), {"context": {"gram": {"a": np.ones((4, 4))}}}, r"\(6, 6\): got shape \(4, 4\)"),
         (
             (2, 4, 6),
@@ -135,7 +135,7 @@ def test_a_context_that_does_not_fit_is_refused_when_traced(shape, context, word
         values["b"] = None
     tx = transform(DGD)
     state = tx.init(w)
-    with pytest.raises(ValueError, match=NEEDED + words if "there" not in words[:5] else words):
+    with pytest.raises(ValueError, match=NEEDED + words):
         jax.jit(lambda w: tx.update(w, state, w, **context))(w)
 
 
@@ -208,7 +208,8 @@ def test_no_norm_is_taken_for_rules_that_do_not_read_it():
 
 
 @pytest.mark.parametrize(
-    "rule", [around.averaged(rules.Muon(lr=0.1, steps=1), 0.5), around.schedule_free(rules.SGD())]
+    "rule",
+    [around.averaged(rules.Muon(lr=0.1, steps=1), 0.5), around.schedule_free(rules.SGD(lr=0.1))],
 )
 def test_averages_are_found_in_the_state(x64, rule):
     w = {"a": stream((4, 6), 1)[0], "b": stream((5,), 1)[0], "c": None}

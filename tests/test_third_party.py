@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from deepopt import Rule, rules
-from deepopt.rules import preconditioned
 from torch_backend import Optimizer
 
 pytestmark = pytest.mark.thirdparty
@@ -25,10 +24,6 @@ STEPS = 100
 TOLERANCE = 1e-11
 # What their factors start from: this times the identity.
 START = 1e-6
-
-
-class SOAP(rules.SOAP):
-    """Without damping, and with traces of its own for that."""
 
 
 class Precise:
@@ -54,7 +49,6 @@ def other(monkeypatch):
     monkeypatch.setattr(soap, "torch", Precise())
     wide = partial(adamuon.zero_power_via_newton_schulz_5, dtype=torch.float64)
     monkeypatch.setattr(adamuon, "zero_power_via_newton_schulz_5", wide)
-    monkeypatch.setattr(preconditioned, "DAMPING", 0.0)
     return package
 
 
@@ -91,7 +85,7 @@ def their_basis(state, shape) -> dict[str, torch.Tensor]:
 
 def soap(period: int) -> Twin:
     """Their eps is added before the correction of the bias, ours after it."""
-    rule = SOAP(lr=0.01, rotate=False, period=period, scale="none")
+    rule = rules.SOAP(lr=0.01, rotate=False, period=period, scale="none", damping=0.0)
     return Twin(
         rule,
         lambda o, p: o.SOAP(p, lr=0.01, weight_decay=0.0, precondition_frequency=period, eps=1e-8),

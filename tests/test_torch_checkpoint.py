@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from cases import CASES, DEFAULTS
+from models import give_context
 from torch import nn
 
 import torch_backend
@@ -32,6 +33,7 @@ def run(optimizer, start, stop):
         for p in params:
             g = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             p.grad = g.to(p.dtype)
+        give_context(optimizer, step)
         optimizer.step()
 
 
@@ -195,6 +197,7 @@ def test_a_batch_equals_one_by_one(case, monkeypatch):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             for optimizer in optimizers:
+                give_context(optimizer, step)
                 optimizer.step()
         return [x for optimizer in optimizers for x in values(optimizer)[: len(groups[0])]]
 
@@ -233,7 +236,19 @@ OURS = {
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, nesterov=True),
         torch_backend.HeavyBall,
     ),
+    "Nesterov by name": (
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, nesterov=True),
+        torch_backend.Nesterov,
+    ),
     "SGD": (lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.2), torch_backend.SGD),
+    "Adam by name": (
+        lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.2),
+        torch_backend.Adam,
+    ),
+    "RAdam": (
+        lambda p: torch.optim.RAdam(p, lr=0.1, betas=(0.8, 0.95), weight_decay=0.2),
+        torch_backend.RAdam,
+    ),
 }
 
 
@@ -253,7 +268,8 @@ def test_a_checkpoint_of_torch_continues_equal(name, foreach):
     run(two, 5, 15)
     pairs = zip(one.param_groups[0]["params"], group["params"], strict=True)
     assert max(float((a - b).detach().abs().max()) for a, b in pairs) <= 1e-6
-    assert ("momentum" in group) is (name in ("HeavyBall", "Nesterov"))
+    balls = (torch_backend.HeavyBall, torch_backend.Nesterov)
+    assert ("momentum" in group) is (ours in balls)
 
 
 def test_a_python_number_is_a_step_too():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import contexts
 from models import GPT, ConvNet
 from torch import nn
 
@@ -28,12 +29,13 @@ def parameter(*shape):
 def test_a_module_is_routed_by_its_roles(rule):
     optimizer = Optimizer(GPT(width=32, layers=2, heads=2), rule())
     routes = table(optimizer)
-    assert routes.pop("tokens.weight") == ("AdamW", "", "embedding (by place or name): fallback")
-    assert routes.pop("positions.weight") == ("AdamW", "", "embedding (by place or name): fallback")
-    assert routes.pop("project.weight") == ("AdamW", "", "head (by place or name): fallback")
+    rest = "SGD" if "gram" in rule().context((1, 1)) else "AdamW"
+    assert routes.pop("tokens.weight") == (rest, "", "embedding (by place or name): fallback")
+    assert routes.pop("positions.weight") == (rest, "", "embedding (by place or name): fallback")
+    assert routes.pop("project.weight") == (rest, "", "head (by place or name): fallback")
     for name, route in routes.items():
         if "norm" in name or "before" in name or "after" in name or "bias" in name:
-            assert route == ("AdamW", "", "not a matrix: fallback"), name
+            assert route == (rest, "", "not a matrix: fallback"), name
         else:
             assert route == (rule.__name__, "flatten", "matrix"), name
 
@@ -215,10 +217,14 @@ def test_a_view_equals_stepping_its_blocks_apart(rule, view):
     extra |= {"width": 5} if rule is rules.DeepMomentum else {}  # as wide as the blocks are
     whole = nn.Parameter(torch.randn(shape, dtype=torch.float64))
     parts = [nn.Parameter(x.clone()) for x in blocks(whole.detach())]
-    one = Optimizer(
-        [("w", whole)], rule(lr=0.1, weight_decay=0.1, every=2, **extra), views={"w": view}
-    )
-    two = Optimizer(parts, rule(lr=0.1, weight_decay=0.1, every=2, **extra))
+    extra |= {} if rule().context((1, 1)) else {"every": 2}
+    one = Optimizer([("w", whole)], rule(lr=0.1, weight_decay=0.1, **extra), views={"w": view})
+    two = Optimizer(parts, rule(lr=0.1, weight_decay=0.1, **extra))
+    given = [contexts(rule(), tuple(p.shape), 1 + i)[i] for i, p in enumerate(parts)]
+    for p, x in zip(parts, given, strict=True):
+        two.context[p].update({k: torch.tensor(v) for k, v in x.items()})
+    for k in given[0]:
+        one.context[whole][k] = torch.stack([two.context[p][k] for p in parts])
     for _ in range(14):
         whole.grad = torch.randn(shape, dtype=torch.float64)
         for p, g in zip(parts, blocks(whole.grad), strict=True):

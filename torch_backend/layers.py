@@ -151,9 +151,11 @@ class _Hook:
         weight: Any = layer.weight
         if recorder is None or weight not in recorder:
             return output
+        x = args[0] if args else kwargs.get("input")
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            return output
         if not torch.is_grad_enabled() or not weight.requires_grad:
             return output
-        x = args[0] if args else kwargs["input"]
         return _Use.apply(output, x.detach(), layer, recorder)
 
 

@@ -30,7 +30,7 @@ from deepopt.rule import (
 )
 from deepopt.rules import SGD, AdamW
 from torch_backend.algebra import Compiled, Torch
-from torch_backend.layers import Context, Recorder
+from torch_backend.layers import Context, Recorder, layers_of
 from torch_backend.routing import (
     Named,
     Route,
@@ -39,7 +39,6 @@ from torch_backend.routing import (
     matrices,
     needs_gram,
     of_iterable,
-    of_module,
     route,
 )
 
@@ -148,19 +147,19 @@ class Optimizer(torch.optim.Optimizer):
         A module given as `params` is recorded already. Linear and Conv layers are, where they are
         called as modules. Raises ValueError where the module has no such layer.
         """
-        wanted: set[Tensor] = set()
+        layers, watched = layers_of(module), False
         for group in self.param_groups:
             cls = self._rules[group["rule"]]
-            if needs_gram(_instance(cls, {k: _host(group[k], k) for k in hints(cls)})):
-                wanted.update(group["params"])
-        found = {x.tensor: x.layers for x in of_module(module) if x.layers and x.tensor in wanted}
-        if not found:
+            rule = _instance(cls, {k: _host(group[k], k) for k in hints(cls)})
+            if needs_gram(rule):
+                mine = {p: layers[p] for p in group["params"] if p in layers}
+                self._watch(rule, mine)
+                watched = watched or bool(mine)
+        if not watched:
             raise ValueError(
                 f"{type(module).__name__} has no Linear or Conv layer whose weight is stepped by a "
                 "rule that needs a gram; call it with the model whose parameters were given"
             )
-        for weight, layers in found.items():
-            self._recorder.watch(weight, layers)
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log: steps skipped so far, and eigenvalues that roots found negative.
@@ -219,14 +218,24 @@ class Optimizer(torch.optim.Optimizer):
             for (own, view), members in (parts or {(True, ""): []}).items():
                 values = given if own else shared
                 self._add(rule if own else rest, values, {**extra, "seen_as": view}, members)
+            taken = [x for (own, _), members in parts.items() if own for x, _ in members]
+            self._watch(rule, {x.tensor: x.layers for x in taken if x.layers})
         except Exception:
             del self.param_groups[before[0] :]
             _, self._rules, self._why = before
             raise
-        taken = [x for (own, _), members in parts.items() if own for x, _ in members]
-        for x in taken:
-            if x.layers and needs_gram(rule):
-                self._recorder.watch(x.tensor, x.layers)
+
+    def _watch(self, rule: Rule, layers: Mapping[Tensor, Sequence[nn.Module]]) -> None:
+        """Record what the layers of each weight are given, where the rule needs to know."""
+        if not layers or not needs_gram(rule):
+            return
+        if rule.context((1, 2))["gram"] != (2, 2):
+            raise ValueError(
+                f"{type(rule).__name__} wants the gram of what meets a weight's first axis; in "
+                "torch the inputs of a layer meet the last: choose inputs='last'"
+            )
+        for weight, several in layers.items():
+            self._recorder.watch(weight, several)
 
     def _add(
         self,

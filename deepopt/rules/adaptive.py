@@ -163,8 +163,10 @@ class RAdam(Rule):
     Memory: two tables without keys; values gradients and squared gradients, dot-product objectives,
     written every step; the second is read only when its variance is bounded (ρ > 5).
     lr: size of a step per coordinate; before that, weight per unit of gradient.
-    betas: retentions of the two memories per step. eps: added to the root, in units of gradient.
-    Shapes: any; the memories have the parameter's.
+    betas: retentions of the two memories per step. eps: added to the root after its bias is
+        corrected, in units of gradient (torch adds it before).
+    Shapes: any; the memories have the parameter's. In JAX ρ is computed in float32 and loses its
+    digits where betas[1] is above 0.999.
     Source: Liu et al. 2020; paper App. B by relation.
     """
 

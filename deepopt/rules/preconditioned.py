@@ -31,10 +31,6 @@ from deepopt.rules.adaptive import over
 
 Graft: TypeAlias = Literal["none", "sgd", "adam"]
 
-# Added to a Gram matrix before a power iteration, as a share of its mean eigenvalue: it keeps the
-# basis of the null space where it was, and the same in every backend.
-DAMPING = 1e-4
-
 
 class Shampoo(Rule):
     """Momentum between the inverse roots of two averages of the gradient's Gram matrices.
@@ -214,7 +210,9 @@ class SOAP(Rule):
     betas: retentions of the first and second moment per step. shampoo_beta: of the factors.
     eps: added to the root, in units of gradient. period: updates between refreshes of the basis,
         the identity (Adam) before the first; no step is left out.
-    refresh: of the basis, "qr", one power iteration, or "eigh", all of it.
+    refresh: of the basis, "qr", one power iteration, or "eigh", all of it. damping: added to the
+        factor before that iteration, as a share of its mean eigenvalue; it keeps the basis of the
+        null space where it was, and the same in every backend.
     rotate: turn the second moment with the basis, as the square of the turn (ours; off, it stays as
         it is). The first moment is kept unturned, which is the same as turning it.
     sides: which factors there are (embeddings: "right"). block: longest side of a factor; longer
@@ -230,6 +228,7 @@ class SOAP(Rule):
     eps: Rate = 1e-8
     period: Period = 10
     refresh: Literal["qr", "eigh"] = "qr"
+    damping: Rate = 1e-4
     rotate: bool = True
     sides: Sides = "both"
     block: Period = 1024
@@ -267,8 +266,8 @@ class SOAP(Rule):
         if self.refresh == "eigh":
             return eigenvectors(gram)
         identity = array("eye", gram.shape)
-        mean = sum_(gram * identity, (-2, -1)) * (DAMPING / max(gram.shape[-1], 1))
-        return orthonormal(gram @ basis + mean * basis)
+        mean = sum_(gram * identity, (-2, -1)) / max(gram.shape[-1], 1)
+        return orthonormal(gram @ basis + self.damping * mean * basis)
 
     def symmetries(self) -> Symmetries:
         own = symmetric("odd", "transposition", "degree 0")

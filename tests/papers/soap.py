@@ -5,7 +5,7 @@ import numpy as np
 from . import common, kronecker
 
 
-def refreshed(M: np.ndarray, Q: np.ndarray, refresh: str) -> np.ndarray:
+def refreshed(M: np.ndarray, Q: np.ndarray, refresh: str, damping: float) -> np.ndarray:
     """The basis Q of one factor after a step of orthogonal iteration, or the eigenvectors."""
     if refresh == "eigh":
         return np.linalg.eigh(M)[1]
@@ -13,7 +13,7 @@ def refreshed(M: np.ndarray, Q: np.ndarray, refresh: str) -> np.ndarray:
         raise ValueError(refresh)
     if not M.any():
         return Q
-    new, triangle = np.linalg.qr((M + 1e-4 * np.trace(M) / len(M) * np.eye(len(M))) @ Q)
+    new, triangle = np.linalg.qr((M + damping * np.trace(M) / len(M) * np.eye(len(M))) @ Q)
     return new * np.where(np.diag(triangle) < 0, -1.0, 1.0)
 
 
@@ -28,6 +28,7 @@ def soap(
     sides="both",
     block=1024,
     refresh="qr",
+    damping=1e-4,
     rotate=True,
     scale="none",
     **frame,
@@ -64,7 +65,7 @@ def soap(
             Q = bases[side]
             if t % period == 0:
                 pairs = zip(new[side], bases[side], strict=True)
-                Q = np.stack([refreshed(M, old, refresh) for M, old in pairs])
+                Q = np.stack([refreshed(M, old, refresh, damping) for M, old in pairs])
                 squares[side] = (bases[side].swapaxes(1, 2) @ Q) ** 2
             new[f"{side}_basis"] = Q
         if rotate and squares:
