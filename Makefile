@@ -6,10 +6,10 @@ HOPE_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/stamp
-CODE := $(wildcard deepopt torch_backend jax_backend examples tests benchmarks .ci)
+CODE := $(wildcard deepopt torch_backend jax_backend examples tests benchmarks docs .ci)
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv hope test lint format bench wheel-test clean
+.PHONY: help .venv hope test lint format docs mutants bench wheel-test clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,12 @@ lint: $(STAMP) ## check format, style and types
 format: $(STAMP) ## format the code and apply the safe fixes
 	$(BIN)/ruff check --fix-only $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+docs: $(STAMP) ## write the pages of the rules, docs/rules
+	$(BIN)/python docs/generate.py
+
+mutants: $(STAMP) ## plant bugs and see that the tests catch them, docs/testing.md
+	$(BIN)/python -m benchmarks.mutants
 
 bench: $(STAMP) ## time an optimizer step and the training of Hope
 	$(BIN)/python -m benchmarks.step

@@ -26,7 +26,7 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def save(figure: Figure, path: Path, dpi: int = 80, colours: int = 96) -> None:
+def save(figure: Figure, path: Path, dpi: int = 80, colours: int = 255) -> None:
     """Save as a palette PNG, of the same bytes for equal figures and library versions; close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with io.BytesIO() as raw:

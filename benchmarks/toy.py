@@ -199,7 +199,7 @@ def draw() -> None:
             right.plot(psi(points.T), style, color=colour, label=label, lw=width)
         left.plot(*START, "o", color="black", ms=4)
         left.annotate("start", START, (-3.7, 2.3))
-        left.annotate("heavy ball: out to (10, 10)\nand back", (1.15, 3.6), ha="left", color="C0")
+        left.annotate("heavy ball: out to (10, 10)\nand back", (0.1, 3.6), color="C0")
         left.plot(0, 0, "*", color="black", ms=9)
         left.set(xlabel="r", ylabel="θ", title="Trajectories on ψ(r, θ); the star is the optimum")
         right.axhline(TARGET, color="0.5", lw=0.8, ls=":")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, combinations
@@ -89,15 +89,17 @@ class Stepper:
         ways = {phase: self._variant(count, phase) for phase in phases}
         shapes = {_seen(self.rule, jnp.shape(gradients[i]))[1] for x in phases.values() for i in x}
         programs = [trace(self.rule, x, v) for x in shapes for way in ways.values() for v in way[0]]
-        if any("gradient_norm" in program.inputs for program in programs):
+        if any("gradient_norm" in x.inputs for x in programs):
             wide = jax.tree.map(lambda x: x.astype(_arithmetic(x)), extra.get("gradients", updates))
             scalars["gradient_norm"] = optax.tree.norm(wide)
         decays = self._decays(updates, params)
         given = [scalars if decay else scalars | {"weight_decay": 0.0} for decay in decays]
         for phase, members in phases.items():
             variants, chosen = ways[phase]
-            scalars = [given[i] for i in members]
-            branches = [partial(_each, partial(self._leaf, v), scalars) for v in variants]
+            own = [given[i] for i in members]
+            branches = [
+                lambda x, v=v, own=own: [*map(partial(self._leaf, v), own, x)] for v in variants
+            ]
             stepped = jax.lax.switch(chosen, branches, [leaves[i] for i in members])
             for i, leaf in zip(members, stepped, strict=True):
                 leaves[i] = leaf
@@ -216,10 +218,6 @@ class Stepper:
         return whole, reads_weights or isinstance(decay, jax.Array) or decay != 0
 
 
-def _each(f: Callable[..., Any], *several: Any) -> list[Any]:
-    return list(map(f, *several))
-
-
 def ticking_together(periods: Mapping[str, int]) -> list[frozenset[str]]:
     """Every set of clocks that can tick together: all whose periods divide one common multiple."""
     different = set(periods.values())
@@ -244,5 +242,4 @@ def _arithmetic(*xs: Any) -> Any:
 
 
 def is_absent(x: Any) -> bool:
-    """Whether a leaf is left out: None, or masked by optax."""
     return x is None or isinstance(x, optax.MaskedNode)

@@ -29,9 +29,7 @@ def scale_by_rule(rule: Rule, **hyperparameters: Any) -> optax.GradientTransform
     """
     known, later = _resolved(rule, hyperparameters)
     if "direction" not in trace(known, (2, 2), frozenset({"every", *known.clocks()})).outputs:
-        raise ValueError(
-            f"scale_by_rule({known!r}): what it does is no direction for an lr; use transform"
-        )
+        raise ValueError(f"scale_by_rule({known!r}): it has no direction for an lr; use transform")
     return _optax(Stepper(known, later, "direction"))
 
 
