@@ -37,7 +37,6 @@ class Jax(Arrays[Any]):
         if kind == "full":
             return jnp.full(shape, value, self.dtype)
         if kind == "eye":
-            # A constant of the compiled program would hold every entry.
             return jnp.broadcast_to(value * jnp.eye(*shape[-2:], dtype=self.dtype), shape)
         return jnp.asarray(constant_array(kind, shape, value), self.dtype)
 
@@ -59,7 +58,6 @@ class Jax(Arrays[Any]):
         return jnp.linalg.solve(a, b)
 
     def eigenvectors(self, a: Any) -> jax.Array:
-        # Not every solver leaves a NaN a NaN.
         known = jnp.isfinite(a).all((-2, -1), keepdims=True)
         return jnp.where(known, jnp.linalg.eigh(jnp.where(known, a, 0.0)).eigenvectors, jnp.nan)
 

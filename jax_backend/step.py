@@ -61,13 +61,8 @@ class Stepper:
         }
         return RuleState(jnp.zeros([], jnp.int32), slots)
 
-    def update(
-        self, updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, RuleState]:
-        """One step; a leaf of params whose gradient is None stays as it is.
-
-        extra: context, see `transform`; gradients, those of all leaves where updates are masked.
-        """
+    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        """One step; a leaf without gradient stays. gradients: all, where updates are a part."""
         gradients, tree = jax.tree.flatten(updates, is_leaf=_is_none)
         weights = [None] * len(gradients) if params is None else tree.flatten_up_to(params)
         for w, g in zip(weights, gradients, strict=True):
@@ -85,17 +80,15 @@ class Stepper:
         leaves: list[Leaf] = list(zip(weights, gradients, memories, strict=True))
         count = optax.safe_increment(state.count)
         scalars = self._scalars(state.count) | {"step": count}
-        phases = self._phases(leaves)
-        ways = {phase: self._variant(count, phase) for phase in phases}
-        shapes = {_seen(self.rule, jnp.shape(gradients[i]))[1] for x in phases.values() for i in x}
-        programs = [trace(self.rule, x, v) for x in shapes for way in ways.values() for v in way[0]]
-        if any("gradient_norm" in x.inputs for x in programs):
-            wide = jax.tree.map(lambda x: x.astype(_arithmetic(x)), extra.get("gradients", updates))
-            scalars["gradient_norm"] = optax.tree.norm(wide)
+        work = [(own, *self._variant(count, i)) for i, own in self._phases(leaves).items()]
+        shapes = {_seen(self.rule, jnp.shape(gradients[i]))[1] for own, *_ in work for i in own}
+        programs = [trace(self.rule, x, v) for x in shapes for _, vs, _ in work for v in vs]
+        if any("gradient_norm" in program.inputs for program in programs):
+            whole = jax.tree.leaves(extra.get("gradients", updates))
+            scalars["gradient_norm"] = optax.tree.norm([x.astype(_arithmetic(x)) for x in whole])
         decays = self._decays(updates, params)
         given = [scalars if decay else scalars | {"weight_decay": 0.0} for decay in decays]
-        for phase, members in phases.items():
-            variants, chosen = ways[phase]
+        for members, variants, chosen in work:
             own = [given[i] for i in members]
             branches = [
                 lambda x, v=v, own=own: [*map(partial(self._leaf, v), own, x)] for v in variants
@@ -136,9 +129,9 @@ class Stepper:
             got = "there is none" if is_absent(x) else f"got shape {jnp.shape(x)}"
             raise ValueError(
                 f"{type(self.rule).__name__} needs the {name} of the leaf at params"
-                f"{jax.tree_util.keystr(path)}, of shape {needed}: {got}. Pass update(..., context="
-                f"{{{name!r}: a tree like params}}); a gram is the mean over rows of xᵀx for the "
-                'inputs x of the layer, and for flax kernels (in, out) the rule has inputs="first"'
+                f"{jax.tree_util.keystr(path)}, of shape {needed}: {got}; update(..., context={{"
+                f"{name!r}: a tree like params}}). A gram is the mean over rows of xᵀx for the "
+                'inputs x of a layer; give the rule inputs="first" for flax kernels (in, out)'
             )
         return x
 

@@ -23,9 +23,8 @@ def scale_by_rule(rule: Rule, **hyperparameters: Any) -> optax.GradientTransform
     Chain it with `optax.add_decayed_weights` and `optax.scale_by_learning_rate`.
     hyperparameters: in place of the rule's own. Those that are symbols in the rule may be schedules
         (functions of the step, from 0), arrays or tracers, and tuples of such.
-    With decoupled=False the decay is part of the direction. Context is given as for `transform`.
-    Raises ValueError for a rule without a direction that lr scales, and when it is initialised for
-    leaves that the rule cannot take.
+    With decoupled=False the decay is part of the direction. Context is given as in `transform`.
+    Raises ValueError for a rule without a direction, and at init for leaves that it cannot take.
     """
     known, later = _resolved(rule, hyperparameters)
     if "direction" not in trace(known, (2, 2), frozenset({"every", *known.clocks()})).outputs:
@@ -46,10 +45,9 @@ def transform(
     mask: which leaves weight decay applies to, as in `optax.adamw`.
     hyperparameters: as in `scale_by_rule`.
     Params are needed unless the weight decay is the number 0 and the rule does not read them.
-    The context of a rule is an extra argument of each update, by name a tree like params:
-    `tx.update(grads, state, params, context={"gram": tree})`, with anything, such as None, at the
-    leaves of the fallback; ValueError where it is missing or of another shape. A rule that reads
-    the norm of all gradients sees that of all updates which this transformation is given.
+    Context is an extra argument of each update, by name a tree like params with anything (None) at
+    leaves of the fallback: `tx.update(grads, state, params, context={"gram": tree})`; ValueError
+    where it is missing or of another shape. A norm of all gradients is of all updates given here.
     """
     known, later = _resolved(rule, hyperparameters)
     own = _optax(Stepper(known, later, "update", mask))
@@ -75,9 +73,9 @@ def transform(
 
 
 def averaged(params: Any, state: Any) -> Any:
-    """The averaged weights, for rules inside `deepopt.around.averaged` or `schedule_free`.
+    """The averaged weights of rules inside `deepopt.around.averaged` or `schedule_free`.
 
-    Leaves whose rule keeps no average stay as they are; ValueError if that is so for all.
+    Other leaves stay as they are; ValueError for a state without averages.
     """
     states = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, RuleState))
     slots = [x.slots for x in states if isinstance(x, RuleState) and "average_offset" in x.slots]

@@ -123,7 +123,7 @@ def pushed(quadratic: float, cubic: float) -> Callable[..., np.ndarray]:
     return lambda w, g, context: quadratic * g + cubic * g @ g.T @ g
 
 
-SEVEN = np.diag([1.0, -2.0, 3.0, 0.5]) + 0.3
+MATRIX = np.diag([1.0, -2.0, 3.0, 0.5]) + 0.3
 PAIRS = [
     # Descent
     Pair("DGD without erasing", r.DGD(lr=LR, kappa=0.0), sgd),
@@ -215,7 +215,9 @@ PAIRS = [
         heavy,
     ),
     Pair("the first power", feature(power=1.0), heavy),
-    Pair("a polynomial of one term", feature(feature="polynomial", polynomial=2.0, rate=0.5), heavy),
+    Pair(
+        "a polynomial of one term", feature(feature="polynomial", polynomial=2.0, rate=0.5), heavy
+    ),
     Pair("the power zero", feature(power=0.0, momentum=0.0), r.SignSGD(lr=LR)),
     Pair("the third power", feature(power=3.0), heavy, sees=lambda w, g, c: g**3),
     Pair(
@@ -352,7 +354,11 @@ PAIRS = [
         factor=lambda t: 0.2,
     ),
     # Orthogonal
-    Pair("Muon", r.Muon(lr=LR, nesterov=False, scale="none"), around.nonlinear(heavy, "newton_schulz")),
+    Pair(
+        "Muon",
+        r.Muon(lr=LR, nesterov=False, scale="none"),
+        around.nonlinear(heavy, "newton_schulz"),
+    ),
     Pair(
         "Muon read ahead",
         r.Muon(lr=LR, scale="none"),
@@ -427,7 +433,13 @@ PAIRS = [
         Pair(
             f"one frequency, {weighting}, {sides}",
             r.MultiFrequency(
-                lr=LR, period=1, retention=0.95, root=4, weighting=weighting, sides=sides, weight=3.0
+                lr=LR,
+                period=1,
+                retention=0.95,
+                root=4,
+                weighting=weighting,
+                sides=sides,
+                weight=3.0,
             ),
             r.Shampoo(lr=LR, period=4, sides=sides, floor=1e-4),
             tolerance=1e-10 if weighting == "static" else TOLERANCE["float64"],
@@ -657,6 +669,26 @@ def test_functions_around_rules_compose_around_an_average(name):
         assert difference(w + oracle.state[0]["average_offset"], average) <= 1e-12
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(k, marks=pytest.mark.xfail(reason="the past is of steps not taken"))
+        if k in ("cautious", "nonlinear", "schedule_free")
+        else k
+        for k in (*OUTSIDE, "schedule_free", "averaged")
+    ],
+)
+def test_the_past_weights_of_ggd_are_those_that_were(name):
+    extra = {k: getattr(around, k) for k in ("schedule_free", "averaged")}
+    w, g = stream((4, 6), 9)
+    rule = (OUTSIDE | extra)[name](r.GGD(lr=LR, objective="dot", weight_decay=0.1))
+    oracle = Oracle(rule, [w])
+    for step in g:
+        (now,) = oracle.step([w], [step])
+        assert difference(now + oracle.state[0]["past_1"], w) <= 1e-12
+        w = now
+
+
 @pytest.mark.parametrize("names", [*combinations(OUTSIDE, 2)], ids="+".join)
 def test_functions_that_compose_keep_what_each_does_to_a_gradient(names):
     """The outer one acts on the gradient first and on the direction last."""
@@ -807,14 +839,14 @@ def test_a_constant_preconditioner_acts_on_the_momentum():
     ours, theirs = w, w
     one, other = Oracle(given(), [w]), Oracle(heavy, [w])
     for step in g:
-        (ours,) = one.step([ours], [step], [{"preconditioner": SEVEN}])
+        (ours,) = one.step([ours], [step], [{"preconditioner": MATRIX}])
         (theirs,) = other.step([theirs], [step])
-        assert difference(ours - w, SEVEN @ (theirs - w)) <= 1e-12
+        assert difference(ours - w, MATRIX @ (theirs - w)) <= 1e-12
 
 
 def test_inverse_curvature_is_a_step_of_newton():
     w, target = stream((4, 6), 1)
-    hessian = SEVEN @ SEVEN.T + np.eye(4)
+    hessian = MATRIX @ MATRIX.T + np.eye(4)
     rule = given(momentum=0.0).with_values({"lr": 1.0})
     context = {"preconditioner": np.linalg.inv(hessian)}
     (after,) = Oracle(rule, [w]).step([w], [hessian @ (w - target[0])], [context])
