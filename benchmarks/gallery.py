@@ -48,14 +48,15 @@ pictures are generated, in about 70 s of CPU, by
 **Left: the toy of Eq. 53** ([toy.md](toy.md)), k = 10, a = 1, ω = 2, with (r, θ) as a 1 × 2 matrix;
 the dot is the start, the star the optimum. DGD and GGD need a Gram of inputs: here the identity,
 which makes them descend on ψ + ½‖(r, θ)‖², of the same optimum. **Right: a noisy quadratic**,
-½ tr (W − W*) H (W − W*)ᵀ for a {SIDE} × {SIDE} matrix from zero, H of condition number {CONDITION:g}
+½ tr (W − W*) H (W − W*)ᵀ for a {SIDE} × {SIDE} matrix from zero, H of condition {CONDITION:g}
 and largest eigenvalue 1, Gaussian noise of {NOISE:g} on every entry of the gradient; shown is
 ‖W − W*‖ / ‖W*‖. The Gram of DGD and GGD is H, so they head for W*/2, as they should.
 
 `lr` is, for each rule and problem by itself, the one of
-{", ".join(f"{x:g}" for x in LRS)} with the least mean of log ψ, or of the distance, over the last {TAIL} steps; on the toy only of those
-whose path stays in the picture. It is constant. A rule whose step has a constant size ends on a
-circle for that reason alone, and on a 1 × 2 matrix an orthogonalised read-out is about a unit
+{", ".join(f"{x:g}" for x in LRS)}
+with the least mean of log ψ, or of the distance, over the last {TAIL} steps; on the toy only of
+those whose path stays in the picture. It is constant. A rule whose step has a constant size ends on
+a circle for that reason alone, and on a 1 × 2 matrix an orthogonalised read-out is about a unit
 vector. So these are portraits, not a ranking.
 """
 

@@ -231,8 +231,8 @@ def contexts(rule: Rule, shape: tuple[int, ...], steps: int) -> list[dict[str, n
     for _ in range(steps):
         step = {}
         for name, (n, _) in rule.context(shape).items():
-            x = rng.standard_normal((8, n)) * np.exp(rng.standard_normal(n))
-            step[name] = x.T @ x / len(x) if name == "gram" else x[:n] + x[-n:]
+            x = rng.standard_normal((n + 8, n)) * np.exp(rng.standard_normal(n))
+            step[name] = x.T @ x / len(x) if name == "gram" else x[:n]
         found.append(step)
     return found
 
