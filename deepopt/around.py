@@ -181,8 +181,8 @@ def averaged(rule: R, average_retention: float = 0.999) -> R:
     """Keep an exponential moving average of the weights beside them, with this retention per step.
 
     The memory average_offset is the average minus the weights: evaluate inside
-    `torch_backend.averaged(optimizer)`, or at `jax_backend.averaged(params, state)`. The fallback of
-    a matrix rule is a rule of its own: put the function around it as well.
+    `torch_backend.averaged(optimizer)`, or at `jax_backend.averaged(params, state)`. The fallback
+    of a matrix rule is a rule of its own: put the function around it as well.
     """
     return _around(_averaged, rule, average_retention=average_retention)
 
