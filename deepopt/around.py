@@ -1,7 +1,9 @@
 """Functions around rules: each takes a rule, or a class of rules, and returns one that does more.
 
 They compose, and what they return is a rule like any other: `cautious(M3(lr=3e-4))` in a group,
-`bind(cautious(M3))` as a class of its own. Numbers given here are hyperparameters of the result.
+`bind(cautious(M3))` as a class of its own. Numbers given here are hyperparameters of the result, so
+no function goes around a rule twice. Weights that are stepped in half precision are rounded after
+the step, which averages do not see: average float32 weights.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from functools import cache
-from typing import Any, Literal, TypeVar, cast
+from math import lcm
+from typing import Any, Literal, TypeVar, cast, get_args
 
-from deepopt.expr import Expr, array, floor, maximum, minimum, sum_, where
+from deepopt.expr import Expr, array, floor, maximum, sign, sum_, where
 from deepopt.functions import mean, norm, ratio
 from deepopt.readout import DEGREES, ROTATIONS, Coefficients, Output, mapped, through
 from deepopt.rule import (
@@ -26,6 +29,7 @@ from deepopt.rule import (
     Symmetries,
     Time,
     Update,
+    hints,
     symmetric,
 )
 
@@ -49,32 +53,64 @@ copyreg.pickle(cast(Any, _Around), _reduced)
 
 
 @cache
-def _class(make: Callable[[Base], Made], base: Base, items: tuple[tuple[str, Any], ...]) -> Base:
-    """The subclass of a rule that `make` describes, its new fields with these defaults."""
-    values = dict(items)
-    name = make.__name__.title().replace("_", "") + base.__name__
-    own = make(base)
+def _class(make: Callable[[Base], Made], base: Base) -> Base:
+    """The subclass of a rule that `make` describes."""
+    words, own = make.__name__.strip("_"), make(base)
+    name = words.title().replace("_", "") + base.__name__
+    taken = sorted({f.name for f in fields(base)} & {*own.get("__annotations__", ())})
+    if taken:
+        raise ValueError(
+            f"{words}({base.__name__}): it has a hyperparameter {taken[0]!r} already, which would "
+            "be both; the same function goes around a rule only once"
+        )
     members = {
         "__doc__": f"{make.__doc__}\n\n    Around: {base.__doc__}",
         "__module__": __name__,
         "__qualname__": name,
-        "recipe": (_class, (make, base, items)),
+        "recipe": (_class, (make, base)),
         **own,
-        **values,
     }
     return cast(Base, _Around(name, (base,), members))
 
 
+@cache
+def _defaulted(cls: Base, items: tuple[tuple[str, Any], ...]) -> Base:
+    """The class with other defaults."""
+    members = {
+        "__doc__": cls.__doc__,
+        "__module__": __name__,
+        "__qualname__": cls.__qualname__,
+        "recipe": (_defaulted, (cls, items)),
+        "__annotations__": {k: hints(cls)[k] for k, _ in items},
+    }
+    return cast(Base, _Around(cls.__name__, (cls,), members | dict(items)))
+
+
 def _around(make: Callable[[Base], Made], rule: R, **values: Any) -> R:
     """The rule, or class of rules, with what `make` puts around it."""
-    if isinstance(rule, type) and issubclass(rule, Rule):
-        return cast(R, _class(make, rule, tuple(values.items())))
-    if not isinstance(rule, Rule):
-        raise TypeError(
-            f"{make.__name__.strip('_')} takes a rule or a class of rules, not {rule!r}"
+    if isinstance(rule, Rule):
+        given = {f.name: getattr(rule, f.name) for f in fields(rule)}
+        return cast(R, _class(make, type(rule))(**given | values))
+    base = cast(Any, rule)
+    if not isinstance(base, type) or not issubclass(base, Rule):
+        words = make.__name__.strip("_")
+        raise TypeError(f"{words} takes a rule or a class of rules, not {base!r}")
+    cls = _class(make, base)
+    other = tuple((k, v) for k, v in values.items() if v != getattr(cls, k))
+    if other:
+        cls(**dict(other))  # Refuses what cannot be.
+    return cast(R, _defaulted(cls, other) if other else cls)
+
+
+def _along(base: Base, result: Update, what: str) -> tuple[Expr, dict[str, Expr]]:
+    """The direction and memories of a rule that moves along a direction alone."""
+    d, memories, *shift = result
+    if shift:
+        raise ValueError(
+            f"{what} goes by the direction, but {base.__name__} also moves the weights otherwise: "
+            f"put {what} inside of it"
         )
-    given = {f.name: getattr(rule, f.name) for f in fields(rule)}
-    return cast(R, _class(make, type(rule), ())(**given | values))
+    return d, memories
 
 
 def cautious(rule: R) -> R:
@@ -89,9 +125,9 @@ def _cautious(base: Base) -> Made:
     """The direction without the entries that point against the gradient."""
 
     def update(self: Any, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        d, memories, *shift = base.update(self, w, g, s, t)
-        agrees = where(d * g > 0.0, 1.0, 0.0)
-        return d * agrees / maximum(mean(agrees), 1e-3), memories, *shift
+        d, memories = _along(base, base.update(self, w, g, s, t), "cautious")
+        agrees = where(sign(d) * sign(g) > 0.0, 1.0, 0.0)
+        return d * agrees / maximum(mean(agrees), 1e-3), memories
 
     def symmetries(self: Any) -> Symmetries:
         return base.symmetries(self) - ROTATIONS
@@ -111,13 +147,13 @@ def centralized(rule: R, outputs: Literal["first", "last"] = "first") -> R:
 def _centralized(base: Base) -> Made:
     """The rule of the gradient minus its mean over the inputs of each output."""
 
-    def update(self: Any, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+    def prepare(self: Any, g: Expr, t: Time) -> Expr:
         if g.rank > 1:
             axes = range(-g.rank, 0)
             axes = tuple(axes[1:] if self.outputs == "first" else axes[:-1])
             rest = g.size // max(g.shape[0 if self.outputs == "first" else -1], 1)
             g = g - sum_(g, axes) * (1.0 / max(rest, 1))
-        return base.update(self, w, g, s, t)
+        return base.prepare(self, g, t)
 
     def symmetries(self: Any) -> Symmetries:
         side = "left rotation" if self.outputs == "first" else "right rotation"
@@ -126,7 +162,7 @@ def _centralized(base: Base) -> Made:
     return {
         "__annotations__": {"outputs": Literal["first", "last"]},
         "outputs": "first",
-        "update": update,
+        "prepare": prepare,
         "symmetries": symmetries,
     }
 
@@ -134,7 +170,7 @@ def _centralized(base: Base) -> Made:
 def clipped(rule: R, max_norm: float = 1.0) -> R:
     """Scale a gradient down to the Frobenius norm `max_norm` where it is longer, tensor by tensor.
 
-    A tensor seen as several matrices is clipped matrix by matrix.
+    A tensor seen as several matrices is clipped matrix by matrix. Weight decay is not clipped.
     """
     return _around(_clipped, rule, max_norm=max_norm)
 
@@ -142,43 +178,58 @@ def clipped(rule: R, max_norm: float = 1.0) -> R:
 def _clipped(base: Base) -> Made:
     """The rule of the gradient at a norm of at most max_norm, tensor by tensor."""
 
-    def update(self: Any, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        return base.update(self, w, g * minimum(1.0, ratio(self.max_norm, norm(g))), s, t)
+    def prepare(self: Any, g: Expr, t: Time) -> Expr:
+        return base.prepare(self, g * _share(norm(g), self.max_norm), t)
 
-    return _clipping(base, update)
+    return _clipping(base, "max_norm", prepare)
 
 
-def clipped_globally(rule: R, max_norm: float = 1.0) -> R:
-    """Scale all gradients down together where their joint norm is longer than `max_norm`.
+def clipped_globally(rule: R, max_global_norm: float = 1.0) -> R:
+    """Scale all gradients down together where their joint norm is longer than `max_global_norm`.
 
-    The norm is taken over all parameters of the optimizer, whatever their rules.
+    The norm is taken over all parameters of the optimizer, whatever their rules; those that are to
+    be scaled need this function around their rule. Weight decay is not clipped. Raises ValueError
+    where `every` is above 1: the norm of a sum of gradients to come is not known.
     """
-    return _around(_clipped_globally, rule, max_norm=max_norm)
+    return _around(_clipped_globally, rule, max_global_norm=max_global_norm)
 
 
 def _clipped_globally(base: Base) -> Made:
-    """The rule of the gradient, scaled so that the norm of all of them is at most max_norm."""
+    """The rule of the gradient, scaled so that the norm of all of them is at most as given."""
 
-    def update(self: Any, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        return base.update(self, w, g * minimum(1.0, ratio(self.max_norm, t.norm)), s, t)
+    def prepare(self: Any, g: Expr, t: Time) -> Expr:
+        return base.prepare(self, g * _share(t.norm, self.max_global_norm), t)
 
-    return _clipping(base, update)
+    def post_init(self: Any) -> None:
+        base.__post_init__(self)
+        if self.every > 1:
+            raise ValueError(
+                f"clipped_globally({base.__name__}(every={self.every!r})): the norm of a sum over "
+                "several steps is not known; accumulate gradients in the loop instead"
+            )
+
+    return _clipping(base, "max_global_norm", prepare) | {"__post_init__": post_init}
 
 
-def _clipping(base: Base, update: Callable[..., Update]) -> Made:
+def _share(size: Expr, most: Expr) -> Expr:
+    """What to multiply something of this size by, so that it is at most that."""
+    return where(size > most, most / size, 1.0)
+
+
+def _clipping(base: Base, name: str, prepare: Callable[..., Expr]) -> Made:
     def symmetries(self: Any) -> Symmetries:
         return base.symmetries(self) - DEGREES
 
     return {
-        "__annotations__": {"max_norm": Rate},
-        "max_norm": 1.0,
-        "update": update,
+        "__annotations__": {name: Rate},
+        name: 1.0,
+        "prepare": prepare,
         "symmetries": symmetries,
     }
 
 
 def averaged(rule: R, average_retention: float = 0.999) -> R:
-    """Keep an exponential moving average of the weights beside them, with this retention per step.
+    """Keep an exponential moving average of the weights beside them, of this retention per update.
 
     The memory average_offset is the average minus the weights: evaluate inside
     `torch_backend.averaged(optimizer)`, or at `jax_backend.averaged(params, state)`. The fallback
@@ -193,16 +244,15 @@ def _averaged(base: Base) -> Made:
     def slots(self: Any, shape: tuple[int, ...]) -> dict[str, Slot]:
         return _with(base.slots(self, shape), {"average_offset": Slot(shape)})
 
-    def update(self: Any, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        d, memories, *shift = base.update(self, w, g, s, t)
-        offset = self.average_retention * (s["average_offset"] - self.change(w, d, *shift))
-        return d, memories | {"average_offset": offset}, *shift
+    def after(self: Any, memories: Memories, change: Expr, s: Memories, t: Time) -> Made:
+        offset = self.average_retention * (s["average_offset"] - change)
+        return base.after(self, memories, change, s, t) | {"average_offset": offset}
 
     return {
         "__annotations__": {"average_retention": Retention},
         "average_retention": 0.999,
         "slots": slots,
-        "update": update,
+        "after": after,
     }
 
 
@@ -211,8 +261,9 @@ def schedule_free(rule: R, free_beta: float = 0.9) -> R:
 
     The weights are y = (1 - free_beta)·z + free_beta·x, where gradients are taken. The memory
     average_offset is x - y: evaluate at x, inside `torch_backend.averaged(optimizer)` or at
-    `jax_backend.averaged(params, state)`. Steps are weighted by lr². The average takes the place of
-    momentum, so give the rule none. Weight decay acts on y.
+    `jax_backend.averaged(params, state)`. Steps are weighted by lr², that of the step itself (other
+    codes take the largest lr so far, which is the same until lr falls). The average takes the place
+    of momentum, so give the rule none. Weight decay acts on y.
     Source: Defazio et al. 2024.
     """
     return _around(_schedule_free, rule, free_beta=free_beta)
@@ -234,11 +285,14 @@ def _schedule_free(base: Base) -> Made:
         ahead = -(beta / (1.0 - beta)) * offset
         moved = ahead + self.change(w, d, *shift)
         new = (1.0 - share) * offset + share * moved
-        change = (1.0 - beta) * moved + beta * new
-        memories = memories | {"average_offset": new - change, "weights": weights}
+        memories = memories | {"average_offset": new, "weights": weights}
         # All of it is a move; weight decay is in there already.
         rest = -self.weight_decay * w if self.decoupled else 0.0 * w
-        return rest, memories, change
+        return rest, memories, (1.0 - beta) * moved + beta * new
+
+    def after(self: Any, memories: Memories, change: Expr, s: Memories, t: Time) -> Made:
+        offset = memories["average_offset"] - change
+        return base.after(self, memories, change, s, t) | {"average_offset": offset}
 
     def symmetries(self: Any) -> Symmetries:
         return symmetric()
@@ -248,16 +302,17 @@ def _schedule_free(base: Base) -> Made:
         "free_beta": 0.9,
         "slots": slots,
         "update": update,
+        "after": after,
         "symmetries": symmetries,
     }
 
 
-def restarted(rule: R, restart_period: int = 1000) -> R:
-    """Set all memories back to their start after every `restart_period` updates.
+def restarted(rule: R, restart_period: int = 960) -> R:
+    """Set all memories of gradients back to their start after every `restart_period` updates.
 
     The rule counts its steps anew from there, so bias corrections and clocks begin again; the
-    period must be a multiple of those of the rule's clocks. Combine it with a schedule of warm
-    restarts of the same period.
+    period must be a multiple of those of the rule's clocks. Memories of weights (averages, past
+    weights) stay. Combine it with a schedule of warm restarts of the same period.
     """
     return _around(_restarted, rule, restart_period=restart_period)
 
@@ -267,11 +322,16 @@ def _restarted(base: Base) -> Made:
 
     def clocks(self: Any) -> dict[str, int]:
         inner, period = base.clocks(self), self.restart_period
-        wrong = {k: n for k, n in inner.items() if period % n}
-        if wrong or self.stagger:
+        if self.stagger:
+            raise ValueError(
+                f"restarted({base.__name__}(stagger=True)): staggered clocks cannot start again "
+                "together; use stagger=False"
+            )
+        whole = lcm(*inner.values())
+        if period % whole:
             raise ValueError(
                 f"restarted({base.__name__}, restart_period={period!r}): it must be a multiple of "
-                f"the periods of the rule's clocks {inner}, and stagger={self.stagger!r} be False"
+                f"the periods of the rule's clocks {inner}, such as {-(-period // whole) * whole}"
             )
         return inner | {"restart": period}
 
@@ -285,7 +345,7 @@ def _restarted(base: Base) -> Made:
 
     return {
         "__annotations__": {"restart_period": Period},
-        "restart_period": 1000,
+        "restart_period": 960,
         "clocks": clocks,
         "update": update,
     }
@@ -297,6 +357,8 @@ def nonlinear(rule: R, output: Output, iterations: int = 5) -> R:
     "newton_schulz" makes it a rule of matrices, with `iterations` of Jordan's polynomial;
     "identity" leaves it as it is. Source: paper Eq. 52.
     """
+    if output not in get_args(Output):
+        raise ValueError(f"nonlinear(output={output!r}) must be one of {get_args(Output)}")
     if output == "newton_schulz":
         return _around(_orthogonalized, rule, sigma=output, iterations=iterations)
     return _around(_nonlinear, rule, sigma=output, iterations=iterations)
@@ -306,9 +368,9 @@ def _nonlinear(base: Base) -> Made:
     """The rule's direction through an output map."""
 
     def update(self: Any, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        d, memories, *shift = base.update(self, w, g, s, t)
+        d, memories = _along(base, base.update(self, w, g, s, t), "nonlinear")
         coefficients: Coefficients = "quintic"
-        return mapped(d, self.sigma, self.iterations, coefficients), memories, *shift
+        return mapped(d, self.sigma, self.iterations, coefficients), memories
 
     def symmetries(self: Any) -> Symmetries:
         return through(base.symmetries(self), self.sigma, "none")

@@ -15,6 +15,7 @@ from deepopt.expr import (
     Expr,
     Shape,
     absolute,
+    array,
     as_expr,
     equal,
     matmul,
@@ -110,6 +111,17 @@ def _check_square(name: str, a: Expr) -> None:
 
 
 @named
+def eigenbasis(a: Expr) -> Expr:
+    """`eigenvectors` of a positive semi-definite a, the identity for zero.
+
+    Taken at largest entry one and with 1e-6 on the diagonal, which changes no eigenvector and
+    keeps float32 solvers from giving up on entries of very different size.
+    """
+    scaled = ratio(a, max_(absolute(a), (-2, -1)))
+    return eigenvectors(scaled + 1e-6 * array("eye", a.shape))
+
+
+@named
 def eigenvalues(a: Expr, v: Expr) -> Expr:
     """The eigenvalues of a symmetric a with eigenvectors v, as a row."""
     return sum_(v * matmul(a, v), (-2,))
@@ -117,14 +129,16 @@ def eigenvalues(a: Expr, v: Expr) -> Expr:
 
 @named
 def inverse_root(a: Expr, v: Expr, floor: Expr, *, p: int) -> Expr:
-    """a^(-1/p) of a symmetric a with eigenvectors v; zero for a zero matrix.
+    """a^(-1/p) of a symmetric a with eigenvectors v; the identity for a zero matrix.
 
     Eigenvalues below `floor` times the largest count as that, so that a matrix that is singular,
     or not positive semi-definite by rounding, has a root.
     """
     values = eigenvalues(a, v)
-    raised = maximum(values, floor * max_(values, (-1,)))
-    return matmul(v * ratio(as_expr(1.0), maximum(raised, 0.0) ** (1.0 / p)), transpose(v))
+    largest = max_(values, (-1,))
+    raised = maximum(maximum(values, floor * largest), 0.0) ** (1.0 / p)
+    powers = where(equal(largest, 0.0), 1.0, ratio(as_expr(1.0), raised))
+    return matmul(v * powers, transpose(v))
 
 
 @named

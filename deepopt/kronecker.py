@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from deepopt.expr import Expr, Number, Shape, as_expr, reshape, sum_
-from deepopt.functions import eigenvectors, inverse_root, negative_eigenvalues
+from deepopt.functions import eigenbasis, inverse_root, negative_eigenvalues
 from deepopt.memory import average
 from deepopt.rule import Memories, Slot, Time
 
@@ -75,7 +75,7 @@ class Kronecker:
         Together they stand for H^(-1/2). floor: least eigenvalue, as a share of the largest.
         """
         p, least = 2 * len(factors), as_expr(floor)
-        vectors = {k: eigenvectors(x) for k, x in factors.items()}
+        vectors = {k: eigenbasis(x) for k, x in factors.items()}
         roots = {k: inverse_root(x, vectors[k], least, p=p) for k, x in factors.items()}
         counts = [sum_(negative_eigenvalues(x, vectors[k], least)) for k, x in factors.items()]
         return roots, reshape(sum(counts[1:], counts[0]), (1, 1))

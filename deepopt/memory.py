@@ -167,9 +167,10 @@ def l2_of_moments(memory: Linear, gram: Expr, cross: Expr) -> Objective[Linear]:
 
     Up to the constant ½‖V‖²: all that a write of a linear memory needs of many keys.
     """
-    w = memory.weight
-    # ½⟨W, AW⟩ for its derivative: AW where A is symmetric, which grad cannot know.
-    loss = sum_(w * stop_gradient(gram @ w)) - sum_(stop_gradient(cross) * w)
+    w, product = memory.weight, stop_gradient(gram @ memory.weight)
+    # ½⟨W, AW⟩ with the derivative AW: A is symmetric, which grad cannot know.
+    half = sum_(w * product) - 0.5 * stop_gradient(sum_(w * product))
+    loss = half - sum_(stop_gradient(cross) * w)
     return Objective("l2", memory, None, cross, loss, (), gram)
 
 
@@ -229,8 +230,8 @@ def write(
     """
     retention, rate = as_expr(retention), as_expr(rate)
     memory = objective.memory
-    if (delta or normalize) and not objective.layers:
-        raise ValueError("delta and normalize go by the keys; a Table has none")
+    if (delta or normalize or solver == "sequential") and not objective.layers:
+        raise ValueError("delta, normalize and 'sequential' go by keys; this objective has none")
     extra = {"delta": delta, "normalize": normalize, "anchor": anchor is not None}
     takes = {"explicit": extra, "prox": {}, "sequential": {"delta", "normalize"}}
     refused = [k for k, given in extra.items() if given and k not in takes.get(solver, extra)]

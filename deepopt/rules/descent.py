@@ -69,7 +69,7 @@ class DGD(Rule):
     solver: "exact", the minimiser of objective + ‖W - W_t‖²/2η over all rows at once, stable for
         any inputs; "explicit", one gradient step, stable while η·kappa·λmax(gram) < 2; "unit",
         Eq. 57's η/(1 + η·kappa) for inputs of norm one; "neurips", the short version's erasing term
-        without η.
+        without η, which is left out only where lr is exactly 0.
     inputs: the axis of the parameter that meets the inputs: "last" in torch, "first" in flax.
     The retention α of Eq. 88 is 1 - lr·weight_decay, inside the exact solution (αW) with
     decoupled=False.
@@ -112,7 +112,8 @@ class GGD(Rule):
     objective: "dot" (as gradient descent) or "l2" (as delta gradient descent, exact).
     values: what the memory should answer: "gradient", minus the output gradient, as the paper, or
         "target", its answer minus the output gradient (ours), which shrinks nothing.
-    lr: inner learning rate η. kappa: share of the quadratic term of "l2".
+    lr: inner learning rate η; at 0 the weights still go to the mean of the states.
+    kappa: share of the quadratic term of "l2".
     states: how many past weights, the current ones included. decay: weight of a state relative to
         the one after it. inputs: as in `DGD`.
     Context: gram for "l2", as in `DGD`.
@@ -153,11 +154,11 @@ class GGD(Rule):
                 cross = cross + gram @ _turned(w, self.inputs)
             goal = l2_of_moments(Linear(_turned(anchor, self.inputs)), gram, cross)
             d = _turned(descent(goal, rate, "prox"), self.inputs) / total
-        if shift is None:
-            return d, {}
-        change = self.change(w, d, shift)
-        moved = [-change, *(x - change for x in past[:-1])]
-        return d, {f"past_{i}": x for i, x in enumerate(moved, 1)}, shift
+        return (d, {}) if shift is None else (d, {}, shift)
+
+    def after(self, memories: Memories, change: Expr, s: Memories, t: Time) -> dict[str, Expr]:
+        past = [-change, *(s[f"past_{i}"] - change for i in range(1, self.states - 1))]
+        return {f"past_{i}": x for i, x in enumerate(past[: self.states - 1], 1)}
 
 
 def _descended(w: Expr, g: Expr, rate: Number) -> Expr:

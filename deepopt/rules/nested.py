@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
 
-from deepopt.expr import Expr, Number, array, maximum, minimum, sqrt
+from deepopt.expr import Expr, Number, array, sqrt
 from deepopt.functions import newton_schulz, unit, unit_rms
 from deepopt.levels import each, level_count
 from deepopt.memory import MLP, Table, average, dot, write
@@ -150,10 +150,8 @@ class M3(Rule):
             v = v / (1.0 - self.beta2**t.step)
         if self.literal:
             return over_root(u, v, 0.0, self.eps), memories
-        d = scaled(over_root(u, v, self.floor, self.eps), self.scale, orthogonal=False)
-        if self.scale == "rms":
-            d = maximum(minimum(d, self.cap), 0.0 - self.cap)
-        return d, memories
+        d = over_root(u, v, self.floor, self.eps)
+        return scaled(d, self.scale, orthogonal=False, cap=self.cap), memories
 
     def _orthogonal(self, x: Expr) -> Expr:
         return newton_schulz(x, steps=self.steps, coefficients=self.coefficients)
@@ -225,8 +223,8 @@ class Nest(Rule):
     lr: Rate = 1e-2
     memory: Kinds = "table"
     retention: Retentions = 0.9
-    period: Periods = (1, 16)
-    weight: Scalars = (1.0, 0.1)
+    period: Periods = 1
+    weight: Scalars = 1.0
     output: Outputs = "newton_schulz"
     width: Period = 32
     coefficients: Coefficients = "quintic"
@@ -298,7 +296,9 @@ class Nest(Rule):
         return m, {"memory" + i: m}
 
     def _orthogonal(self) -> bool:
-        return {*each(self.output, 1)} == {"newton_schulz"}
+        """Whether the sum is one orthogonalised read-out, whose size is known."""
+        levels = self._levels()
+        return len(levels) == 1 and levels[0][-1] == "newton_schulz"
 
     def symmetries(self) -> Symmetries:
         own, kinds = LINEAR, {*each(self.memory, 1)}

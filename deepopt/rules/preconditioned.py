@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import ClassVar, Literal, TypeAlias
 
-from deepopt.expr import Expr, Number, array, reshape, sqrt, sum_
-from deepopt.functions import eigenvectors, norm, orthonormal, ratio
+from deepopt.expr import Expr, Number, array, equal, reshape, sqrt, sum_, where
+from deepopt.functions import eigenbasis, norm, orthonormal, ratio
 from deepopt.kronecker import Kronecker, Sides
 from deepopt.levels import each, level_count
 from deepopt.memory import Table, average, dot, write
@@ -44,8 +44,9 @@ class Shampoo(Rule):
     sides: which factors there are; with one, its power is -1/2 and not -1/4 (embeddings: "right").
     floor: least eigenvalue as a share of the largest. block: longest side of a factor; longer sides
         are cut into equal blocks.
-    graft: take the norm of the step from "sgd", the gradient's, or "adam" (with beta2 and `eps`, in
-        units of gradient) instead of `scale`; see `readout.scaled`.
+    graft: take the norm of the step from "sgd", the average gradient's, or "adam" (with beta2 and
+        `eps`, in units of gradient: lr is then the size of a step per coordinate) instead of
+        `scale`; see `readout.scaled`.
     negatives, a memory of one number, counts eigenvalues below minus the floor.
     Shapes: parameter r × c; factors k × b × b for k blocks of b, and roots alike. Raises ValueError
     where the parameter is not a matrix, or a side has no equal blocks.
@@ -82,7 +83,7 @@ class Shampoo(Rule):
             read = grams
         m = average(s["momentum_buffer"], g, self.momentum)
         roots, memories = sides.refreshed(read, self.floor, s, t)
-        d, second = _grafted(sides.apply(m, roots), g, s, t, self)
+        d, second = _grafted(sides.apply(m, roots), m, g, s, t, self)
         return d, grams | memories | second | {"momentum_buffer": m}
 
     def symmetries(self) -> Symmetries:
@@ -182,7 +183,7 @@ class MultiFrequency(Rule):
         read = {k: self._sum([x[k] for x in levels], masses) for k in grams}
         m = average(s["momentum_buffer"], g, self.momentum)
         roots, kept = sides.refreshed(read, self.floor, s, t)
-        d, second = _grafted(sides.apply(m, roots), g, s, t, self)
+        d, second = _grafted(sides.apply(m, roots), m, g, s, t, self)
         return d, memories | kept | second | {"momentum_buffer": m}
 
     def _sum(self, levels: list[Expr], masses: list[tuple[Number, Number]]) -> Expr:
@@ -264,10 +265,11 @@ class SOAP(Rule):
     def _turned(self, gram: Expr, basis: Expr) -> Expr:
         """The basis after a refresh, the old one where nothing has been seen."""
         if self.refresh == "eigh":
-            return eigenvectors(gram)
+            return eigenbasis(gram)
         identity = array("eye", gram.shape)
         mean = sum_(gram * identity, (-2, -1)) / max(gram.shape[-1], 1)
-        return orthonormal(gram @ basis + self.damping * mean * basis)
+        turned = orthonormal(gram @ basis + self.damping * mean * basis)
+        return where(equal(mean, 0.0), basis, turned)
 
     def symmetries(self) -> Symmetries:
         own = symmetric("odd", "transposition", "degree 0")
@@ -283,15 +285,16 @@ def _slots(shape: tuple[int, ...], sides: Kronecker, graft: Graft) -> dict[str, 
 
 
 def _grafted(
-    u: Expr, g: Expr, s: Memories, t: Time, rule: Shampoo | MultiFrequency
+    u: Expr, m: Expr, g: Expr, s: Memories, t: Time, rule: Shampoo | MultiFrequency
 ) -> tuple[Expr, dict[str, Expr]]:
-    """u at the size that the rule says, and the memory that this takes."""
+    """u, from the memory m, at the size that the rule says, and the memory that this takes."""
     if rule.graft == "none":
         return scaled(u, rule.scale, orthogonal=False), {}
+    m = m / (1.0 - rule.momentum**t.step)
     if rule.graft == "sgd":
-        return u * ratio(norm(g), norm(u)), {}
+        return u * ratio(norm(m), norm(u)), {}
     v = average(s["exp_avg_sq"], g * g, rule.beta2)
-    adam = over(g, sqrt(v / (1.0 - rule.beta2**t.step)), rule.eps)
+    adam = over(m, sqrt(v / (1.0 - rule.beta2**t.step)), rule.eps)
     return u * ratio(norm(adam), norm(u)), {"exp_avg_sq": v}
 
 

@@ -87,7 +87,7 @@ def newton_schulz(x: np.ndarray, coefficients: str = "quintic", steps: int = 5) 
     return X
 
 
-def scale(x: np.ndarray, how: str, orthogonal: bool) -> np.ndarray:
+def scale(x: np.ndarray, how: str, orthogonal: bool, cap: float = 10.0) -> np.ndarray:
     """The step-size convention: "none", "spectral" or "rms"."""
     if how == "none":
         return x
@@ -97,7 +97,7 @@ def scale(x: np.ndarray, how: str, orthogonal: bool) -> np.ndarray:
     if how == "rms":
         if orthogonal:
             return 0.2 * np.sqrt(max(x.shape)) * x
-        return 0.2 * divide(x, rms(x))
+        return np.clip(0.2 * divide(x, rms(x)), -cap, cap)
     raise ValueError(how)
 
 

@@ -14,6 +14,7 @@ def feature_momentum(
     feature="sign_power",
     power=0.5,
     polynomial=(1.5, -0.5),
+    normalize=True,
     output="identity",
     scale="none",
     steps=5,
@@ -36,7 +37,8 @@ def feature_momentum(
         raise ValueError(feature)
 
     def rule(w, G, memories, t):
-        m = momentum * memories["momentum_buffer"] + rate * phi(G)
+        key = common.divide(G, common.frob(G)) if normalize else G
+        m = momentum * memories["momentum_buffer"] + rate * phi(key)
         d = common.readout(m, output, scale, steps, coefficients)
         return d, {"momentum_buffer": m}
 

@@ -42,7 +42,9 @@ def dense(blocks: np.ndarray) -> np.ndarray:
 
 
 def invroot(M: np.ndarray, p: int, floor: float) -> np.ndarray:
-    """M^(-1/p) of one matrix, its eigenvalues at least floor times the largest; of 0, it is 0."""
+    """M^(-1/p) of one matrix, its eigenvalues at least floor times the largest; of 0, it is I."""
+    if not M.any():
+        return np.eye(len(M))
     values, vectors = np.linalg.eigh(M)
     values = np.maximum(values, floor * values[-1])
     return vectors @ np.diag(common.divide(np.ones(len(M)), values ** (1 / p))) @ vectors.T

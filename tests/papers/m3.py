@@ -64,9 +64,8 @@ def m3(
         new["second_moment"] = V
         V_hat = V if accumulate == "sum" else V / (1 - beta2**t)
         D = np.maximum(np.sqrt(V_hat), floor * np.sqrt(np.mean(V_hat))) + eps
-        d = common.scale(common.divide(U, D), scale, orthogonal=False)
-        capped = not literal and scale == "rms"  # ours: where D is small, single entries spike
-        return np.clip(d, -cap, cap) if capped else d, new
+        # ours: where D is small, single entries spike
+        return common.scale(common.divide(U, D), scale, orthogonal=False, cap=cap), new
 
     names = ["fast", *(f"{kind}_{n}" for n, *_ in levels for kind in ("slow", "readout"))]
     names += [] if second_moment == "none" else ["second_moment"]

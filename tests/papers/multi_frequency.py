@@ -68,7 +68,9 @@ def multi_frequency(
         v = None
         if graft == "adam":
             v = new["exp_avg_sq"] = common.average(memories["exp_avg_sq"], G * G, beta2)
-        return kronecker.grafted(u, G, v, t, graft=graft, beta2=beta2, eps=eps, scale=scale), new
+        filtered = new["momentum_buffer"] / (1 - momentum**t)
+        sized = {"graft": graft, "beta2": beta2, "eps": eps, "scale": scale}
+        return kronecker.grafted(u, filtered, v, t, **sized), new
 
     start = {"momentum_buffer": np.zeros(shape)}
     for side in names:

@@ -64,7 +64,7 @@ def nest(
                 new |= {**kept, f"readout_{number}": answer}
                 chunk = np.zeros(shape)
             new[f"chunk_{number}"] = chunk
-        orthogonal = all(out == "newton_schulz" for _, (*_, out) in levels)
+        orthogonal = [out for _, (*_, out) in levels] == ["newton_schulz"]
         return common.scale(total, scale, orthogonal), new
 
     start = {}
