@@ -57,8 +57,8 @@ Periods: TypeAlias = Annotated[int | tuple[int, ...], _period]
 Betas: TypeAlias = Annotated[tuple[Number, Number], _retention]
 
 # What a rule promises of its direction d on streams of gradients: d(-g) = -d(g); the same for
-# entries in another order; d(gᵀ) = d(g)ᵀ; d(Qg) = Q d(g) and d(gQ) = d(g) Q for orthogonal Q; and
-# d(cg) = c^degree d(g) for c > 0, as far as `eps` is zero.
+# entries in another order; d(gᵀ) = d(g)ᵀ; d(Qg) = Q d(g) and d(gQ) = d(g) Q for orthogonal Q, on a
+# side that is one block; and d(cg) = c^degree d(g) for c > 0, as far as `eps` is zero.
 Symmetry: TypeAlias = Literal[
     "odd",
     "permutation",

@@ -181,7 +181,9 @@ class PreconditionedMomentum(Rule):
             case "diagonal":
                 own = ELEMENTWISE | DEGREE_0
             case "kronecker":
-                own = (LINEAR - {"permutation", "degree 1"}) | DEGREE_0
+                # Before the first root the memory is that of g itself, of degree one.
+                own = LINEAR - {"permutation", "degree 1"}
+                own = own | DEGREE_0 if self.period == 1 else own
         return through(own, self.output, self.scale)
 
 

@@ -309,10 +309,9 @@ class Nest(Rule):
         outputs: set[Output] = {x for *_, x in self._levels()}
         parts = [through(own, output, self.scale) for output in outputs]
         left = parts[0].intersection(*parts[1:])
-        mixed = {x & DEGREES for x in parts} != {left & DEGREES} or kinds != {"table"}
-        if mixed and outputs & {"identity"}:
-            left = left - DEGREES
-        return left
+        # Read as they are, memories have sizes of their own, which no sum has.
+        alone = len(self._levels()) == 1 or (outputs == {"identity"} and kinds == {"table"})
+        return left if alone or "identity" not in outputs else left - DEGREES
 
 
 def _gather(m: Expr, value: Expr, retention: Number, summed: bool) -> Expr:

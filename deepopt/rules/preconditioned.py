@@ -310,6 +310,9 @@ def _symmetries(rule: Shampoo | MultiFrequency) -> Symmetries:
     own = own if rule.sides == "both" else own - {"transposition"}
     if rule.graft == "adam":
         own = own - {"left rotation", "right rotation"}
+    if rule.clocks()["root"] > 1 and rule.graft == "none" and rule.scale != "rms":
+        # Before the first root the direction is the momentum, of degree one.
+        own = own - DEGREES
     if rule.graft == "sgd":
         own = (own - DEGREES) | symmetric("degree 1")
     return through(own, "identity", "none" if rule.graft != "none" else rule.scale)

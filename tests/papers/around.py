@@ -43,12 +43,10 @@ def centralized(
     """Take the mean over all axes but the first off the gradient, if there are such axes."""
     within, start = inner_rule(inner, w0, betas, eps)
 
-    def rule(w, G, memories, t):
-        if G.ndim > 1:
-            G = G - G.mean(axis=tuple(range(1, G.ndim)), keepdims=True)
-        return within(w, G, memories, t)
+    def prepare(G):
+        return G - G.mean(axis=tuple(range(1, G.ndim)), keepdims=True) if G.ndim > 1 else G
 
-    return common.run(rule, start, w0, gradients, **frame)
+    return common.run(within, start, w0, gradients, prepare=prepare, **frame)
 
 
 def clipped(
@@ -57,11 +55,11 @@ def clipped(
     """Shorten the gradient of the tensor to the norm `max_norm`."""
     within, start = inner_rule(inner, w0, betas, eps)
 
-    def rule(w, G, memories, t):
+    def prepare(G):
         norm = common.frob(G)
-        return within(w, G * (max_norm / norm if norm > max_norm else 1.0), memories, t)
+        return G * (max_norm / norm if norm > max_norm else 1.0)
 
-    return common.run(rule, start, w0, gradients, **frame)
+    return common.run(within, start, w0, gradients, prepare=prepare, **frame)
 
 
 def clipped_globally(w0s, gradients, *, inner, **arguments) -> list[common.Trajectory]:

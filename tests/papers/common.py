@@ -23,10 +23,12 @@ def run(
     decoupled: bool = True,
     every: int = 1,
     stagger: bool = False,
+    prepare: Callable[[np.ndarray], np.ndarray] = lambda total: total,
 ) -> Trajectory:
     """Apply w <- w + shift - lr * (d + weight_decay * w) on every `every`-th step.
 
-    The gradients in between are summed; a rule returns d, its memories and, if any, the shift.
+    The gradients in between are summed, and prepared before any decay joins them; a rule returns
+    d, its memories and, if any, the shift.
     A context is for the rule itself to look up by its step t, and `stagger` has no effect.
     """
     w = np.array(w0, dtype=np.float64)
@@ -35,7 +37,7 @@ def run(
     for t, g in enumerate(gradients, start=1):
         total = total + np.asarray(g, dtype=np.float64)
         if t % every == 0:
-            G = total if decoupled else total + weight_decay * w
+            G = prepare(total) + (0.0 if decoupled else weight_decay * w)
             d, memories, *shift = rule(w, G, memories, t // every)
             w = (
                 w
