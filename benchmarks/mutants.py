@@ -25,6 +25,7 @@ COPIED = ("deepopt", "torch_backend", "jax_backend", "tests", "pyproject.toml", 
 BATTERY = (
     "test_core",
     "test_rule",
+    "test_kronecker",
     "test_reductions",
     "test_symmetries",
     "test_torch_context",
@@ -93,8 +94,8 @@ MUTANTS = (
     Mutant(
         "stale scalars: a batch reuses those of another step",
         "torch_backend/optimizer.py",
-        'prepared[key] = run, run.scalars({**scalars, "step": float(step)})',
-        'prepared[key] = run, run.scalars({**scalars, "step": 1.0})',
+        'own: dict[str, Any] = {**scalars, "step": float(step)}',
+        'own: dict[str, Any] = {**scalars, "step": 1.0}',
     ),
     Mutant(
         "lost dtype: memories of narrow parameters are kept as narrow",
@@ -139,6 +140,24 @@ MUTANTS = (
         'donate = ["w", "g", *written]',
     ),
     Mutant(
+        "inputs of a layer that is used twice are averaged, not added",
+        "torch_backend/layers.py",
+        "        if known.backward != backward:\n            before",
+        "        if True:\n            before",
+    ),
+    Mutant(
+        "stale cache: inputs of old gradients are kept",
+        "torch_backend/layers.py",
+        "known = None if replaced or anew else known",
+        "known = None if replaced else known",
+    ),
+    Mutant(
+        "functions that prepare gradients are not called",
+        "deepopt/rule.py",
+        "g = rule.prepare(g, time)",
+        "rule.prepare(g, time)",
+    ),
+    Mutant(
         "restarted memories keep an old step count",
         "deepopt/around.py",
         "replace(t, step=since + 1.0)",
@@ -160,7 +179,8 @@ def copy(folder: Path) -> None:
 def caught(folder: Path) -> tuple[str, float]:
     """The first test of the battery that fails, or "", and the seconds until then."""
     files = [f"tests/{x}.py" for x in BATTERY if (folder / "tests" / f"{x}.py").exists()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+    flags = ("-x", "-q", "-n", "2", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", *flags, *files]
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     done = subprocess.run(
@@ -179,6 +199,10 @@ def main() -> int:
     parser.add_argument("--skip-clean", action="store_true", help="trust that the tree passes")
     options = parser.parse_args()
     chosen = [m for m in MUTANTS if options.only in m.bug]
+    for mutant in chosen:
+        found = (ROOT / mutant.file).read_text().count(mutant.old)
+        if found != 1:
+            raise ValueError(f"{mutant.file} has {found} times {mutant.old!r}")
     rows = [("planted bug", "file", "caught by")]
     missed = 0
     with tempfile.TemporaryDirectory() as name:
@@ -191,10 +215,7 @@ def main() -> int:
             folder = Path(name) / "mutant"
             shutil.copytree(clean, folder)
             path = folder / mutant.file
-            text = path.read_text()
-            if text.count(mutant.old) != 1:
-                raise ValueError(f"{mutant.file} has {text.count(mutant.old)} times {mutant.old!r}")
-            path.write_text(text.replace(mutant.old, mutant.new))
+            path.write_text(path.read_text().replace(mutant.old, mutant.new))
             test, seconds = caught(folder)
             missed += not test
             print(f"{i}/{len(chosen)} {mutant.bug}: {test or 'NOT CAUGHT'} ({seconds:.0f} s)")

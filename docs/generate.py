@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from inspect import cleandoc
 from pathlib import Path
 
 from deepopt import Rule, latex, rules
 from deepopt.algebra import Program
 from deepopt.describe import nest, state_numbers, total_flops
-from deepopt.rule import trace
+from deepopt.rule import hints, trace
 
 FOLDER = Path(__file__).parent / "rules"
 SHAPE = (256, 256)
@@ -32,15 +32,17 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-def items(text: str) -> list[str]:
-    """The entries of a docstring's body, `name: text` over any number of lines."""
+def items(text: str, names: Iterable[str]) -> list[str]:
+    """The entries of a docstring's body, `name: text`, by line and by hyperparameter."""
     found: list[str] = []
     for line in text.splitlines():
         if found and (line.startswith(" ") or not re.match(r"[\w, ]{1,40}: ", line)):
             found[-1] += " " + line.strip()
         elif line:
             found.append(line)
-    return [re.sub(r"^([\w, ]{1,40}): ", r"- **\1**: ", x) for x in found]
+    name = "|".join(names)
+    entries = [y for x in found for y in re.split(rf"(?<=\. )(?=(?:{name})(?:, (?:{name}))*: )", x)]
+    return [re.sub(r"^([\w, ]{1,40}): ", r"- **\1**: ", x.strip()) for x in entries]
 
 
 def formula(rule: Rule) -> str:
@@ -93,7 +95,7 @@ def page(cls: type[Rule], chapter: str) -> str:
         GENERATED,
         f"*{chapter}; takes {'matrices' if cls.domain == 'matrix' else 'any shape'}.* {first}",
         shown,
-        "\n".join(items(body)),
+        "\n".join(items(body, hints(cls))),
         "## Step",
         f"```math\n{formula(rule)}\n```",
         "## Memories",
