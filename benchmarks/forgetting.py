@@ -49,7 +49,7 @@ RULES: dict[str, Rule] = {
     "DeepMomentum": rules.DeepMomentum(),
     "Muon": rules.Muon(),
     "M3": rules.M3(),
-    "Nest": rules.Nest(),
+    "Nest": rules.Nest(weight=(1.0, 0.1)),
     "Shampoo": rules.Shampoo(),
     "SOAP": rules.SOAP(),
     "MultiFrequency": rules.MultiFrequency(),

@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -74,8 +74,9 @@ def plain(rule: Rule) -> tuple[np.ndarray, np.ndarray, Any]:
 
 def program_of(tx: optax.GradientTransformation) -> str:
     """The text of one step on a matrix, which holds every static choice."""
-    w = jnp.ones((4, 6))
-    return str(jax.make_jaxpr(tx.update)(w, tx.init(w), w))
+    w, context = jnp.ones((4, 6)), {"gram": jnp.eye(6)}
+    update = partial(tx.update, context=context)
+    return str(jax.make_jaxpr(update)(w, tx.init(w), w))
 
 
 def assert_same(a: Any, b: Any, tolerance: float = 1e-12) -> None:

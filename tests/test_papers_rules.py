@@ -142,8 +142,9 @@ def test_weight_decay(name):
     rule = {**RULES, **GRAMS}[name]
     more = {"context": grams(5, 3)} if name in GRAMS else {}
     coupled = [w0, *rule(w0, g, lr=0.1, weight_decay=0.3, decoupled=False, **more)[0]]
-    replayed = rule(w0, [g[t] + 0.3 * coupled[t] for t in range(5)], lr=0.1, **more)[0]
-    close(coupled[1:], replayed)
+    if not name.startswith(("clipped", "centralized")):  # which leave the decay alone
+        replayed = rule(w0, [g[t] + 0.3 * coupled[t] for t in range(5)], lr=0.1, **more)[0]
+        close(coupled[1:], replayed)
     plain = [w0, *rule(w0, g, lr=0.1, **more)[0]]
     decayed = [w0, *rule(w0, g, lr=0.1, weight_decay=0.3, **more)[0]]
     close(decayed[1] - plain[1], -0.1 * 0.3 * w0)

@@ -223,7 +223,7 @@ class Nest(Rule):
     lr: Rate = 1e-2
     memory: Kinds = "table"
     retention: Retentions = 0.9
-    period: Periods = 1
+    period: Periods = (1, 16)
     weight: Scalars = 1.0
     output: Outputs = "newton_schulz"
     width: Period = 32
