@@ -107,7 +107,12 @@ def page(cls: type[Rule], chapter: str) -> str:
         cost(rule),
         f"Symmetries of its direction: {kept}.",
         "## Defaults",
-        f"```python\n{rule!r}\n```",
+        table(
+            [
+                ("hyperparameter", "default"),
+                *((f"`{k}`", f"`{getattr(rule, k)!r}`") for k in hints(cls)),
+            ]
+        ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
