@@ -100,7 +100,7 @@ class Torch(Arrays[Any]):
         a = torch.where(known, a, 0.0)
         try:
             v = torch.linalg.eigh(a).eigenvectors
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             # Narrow solvers may not converge where entries differ by many orders of magnitude.
             v = torch.linalg.eigh(a.double()).eigenvectors.to(a.dtype)
         return torch.where(known, v, torch.nan)
