@@ -106,7 +106,7 @@ def test_what_cannot_be_is_refused_at_once(make, error, words):
 def test_what_goes_by_the_direction_belongs_inside_of_a_move(outer, inner):
     w = [np.ones((3, 3))]
     oracle = Oracle(outer(inner), w)
-    with pytest.raises(ValueError, match="put .* inside of it"):
+    with pytest.raises(ValueError, match=r"put .* inside of it"):
         oracle.step(w, w)
     assert oracle.count == 0
 
