@@ -186,7 +186,7 @@ def caught(folder: Path) -> tuple[str, float]:
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
-    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1) and failed is None:
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
     return failed[1] if failed else "", time.monotonic() - start

@@ -63,6 +63,8 @@ def _class(make: Callable[[Base], Made], base: Base) -> Base:
             f"{words}({base.__name__}): it has a hyperparameter {taken[0]!r} already, which would "
             "be both; the same function goes around a rule only once"
         )
+    if any(vars(x).get("recipe", (None, (None,)))[1][0] is make for x in base.__mro__):
+        raise ValueError(f"{words}({base.__name__}): it goes around a rule only once")
     members = {
         "__doc__": f"{make.__doc__}\n\n    Around: {base.__doc__}",
         "__module__": __name__,
@@ -107,8 +109,8 @@ def _along(base: Base, result: Update, what: str) -> tuple[Expr, dict[str, Expr]
     d, memories, *shift = result
     if shift:
         raise ValueError(
-            f"{what} goes by the direction, but {base.__name__} also moves the weights otherwise: "
-            f"put {what} inside of it"
+            f"{what} goes by the direction, but {base.__name__} also moves the weights otherwise; "
+            f"it cannot go around that, only inside of schedule_free"
         )
     return d, memories
 

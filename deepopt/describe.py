@@ -83,15 +83,15 @@ def describe(rule: Rule, shape: Shape = (256, 256)) -> str:
             f"per number of a parameter of {size}:",
             f"  numbers of state: {state_numbers(rule, shape):.3g}",
             f"  bytes moved a step in float32: at least {4 * moved:.3g}",
-            f"  floating-point operations a step: {total_flops(program) / n:,.0f}, "
-            f"and {total_flops(ticking) / n:,.0f} when all clocks tick",
+            f"  floating-point operations a step: {total_flops(program) / n:,.0f}"
+            + f", and {total_flops(ticking) / n:,.0f} when all clocks tick" * bool(rule.clocks()),
         ]
     )
 
 
 def nest(rule: Rule, shape: Shape) -> list[list[str]]:
     """The memories that a step keeps, from the writes recorded in its trace: a head and rows."""
-    program, levels = traced(rule, shape, frozenset({"every"}))
+    program, levels = traced(rule, shape, frozenset({"every", *rule.clocks()}))
     rows = [["memory", "structure", "keys", "values", "objective", "retention", "rate", "period"]]
     slots = rule.all_slots(shape)
     for level in levels:

@@ -101,6 +101,9 @@ class Expr:
     def __neg__(self) -> Expr:
         return neg(self)
 
+    def __abs__(self) -> Expr:
+        return absolute(self)
+
     def __matmul__(self, other: Expr) -> Expr:
         return matmul(self, other)
 
@@ -284,6 +287,8 @@ def mul(x: Number, y: Number) -> Expr:
         if inner is not None:
             return mul(value * inner, b.args[1])
         return elementwise("mul", value, b)
+    if value is not None and value < 0:
+        return neg(mul(neg(a), b))
     if a.op == "neg":
         return neg(mul(a.args[0], b))
     if b.op == "neg":

@@ -96,6 +96,7 @@ def blocks(side: int, most: int) -> Shape:
     if side > most and 8 * b < most:
         raise ValueError(
             f"a side of {side} cannot be cut into equal blocks between {-(-most // 8)} and "
-            f"block={most} (the nearest is {b}): choose block={side} or more, or sides without it"
+            f"block={most} (the nearest is {b}): choose block={side} or more, or the other of "
+            "sides='left' and 'right' alone"
         )
     return k, b, b

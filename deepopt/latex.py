@@ -101,6 +101,7 @@ class Formulas(Algebra[Text]):
         if a.text == "1":
             return b
         dot = " " if a.scalar or b.scalar else r" \odot "
+        dot = r" \cdot " if b.text[:1].isdigit() else dot
         return Text(f"{a.at(PRODUCT)}{self._pick(dot, '·')}{b.at(PRODUCT)}", PRODUCT)
 
     def div(self, a: Text, b: Text) -> Text:
@@ -229,7 +230,7 @@ def formulas(
             name = algebra.symbol(names[x], mark)
         elif split and x.shape and (shared or len(text.text) > LONG):
             parts += 1
-            name = Text(f"x_{parts}" if style == "latex" else f"x{parts}")
+            name = Text(f"x_{{{parts}}}" if style == "latex" else f"x{parts}")
         else:
             values[x] = replace(text, scalar=not x.shape)
             continue

@@ -158,15 +158,24 @@ class Oracle:
         return result
 
 
-def odd(function: Callable[[Expr], Expr]) -> bool:
-    """Whether a function of a matrix of its shape has f(-x) = -f(x), at one finite example."""
+def flaw(function: Callable[[Expr], Any]) -> str:
+    """Why a function of a matrix is no feature map of gradients; empty where it is one.
+
+    Tried at one example of norm one: f(x) must be finite, of x's shape, odd and not against x.
+    """
     x = np.linspace(-1.0, 1.0, 9).reshape(3, 3) + np.eye(3) / 7.0
-    body = function(symbol("x", x.shape))
-    if body.shape != x.shape:
-        raise ValueError(f"a function of shape {x.shape} gives shape {body.shape}")
-    plus, minus = (fold(Program({"": body}), NUMPY, {"x": s * x})[""] for s in (1.0, -1.0))
+    x = x / np.linalg.norm(x)
+    body = function(symbol("g", x.shape))
+    if not isinstance(body, Expr) or body.shape != x.shape:
+        return f"it must give a node of the shape of g, and gave {body!r:.60}"
+    with np.errstate(all="ignore"):
+        plus, minus = (fold(Program({"": body}), NUMPY, {"g": s * x})[""] for s in (1.0, -1.0))
     size = np.abs(plus).max()
-    return bool(size > 0 and np.abs(plus + minus).max() <= 1e-9 * size)
+    if not np.isfinite(size) or size == 0:
+        return "it must be finite and not zero"
+    if np.abs(plus + minus).max() > 1e-9 * size:
+        return "it must be odd, phi(-g) = -phi(g): what an even feature adds up does not descend"
+    return "" if np.sum(plus * x) > 0 else "it must not point against g"
 
 
 def canonical(shape: Sequence[int]) -> Shape:

@@ -47,7 +47,7 @@ def items(text: str, names: Iterable[str]) -> list[str]:
 
 def formula(rule: Rule) -> str:
     """The step in LaTeX without its leading comment."""
-    return latex(rule).split("\n", 1)[1]
+    return latex(rule, SHAPE).split("\n", 1)[1]
 
 
 def cost(rule: Rule) -> str:

@@ -26,6 +26,11 @@ NO_PARAMS = (
     "not passing `params` when calling `update`."
 )
 
+GRAM = (
+    ". A gram is the mean over rows of xᵀx for the inputs x of a layer; give the rule "
+    'inputs="first" for flax kernels (in, out)'
+)
+
 # The weight (None where it is unknown), gradient, and memories and context of a leaf.
 Leaf: TypeAlias = tuple[Any, Any, dict[str, Any]]
 _is_none = partial(is_, None)
@@ -130,8 +135,7 @@ class Stepper:
             raise ValueError(
                 f"{type(self.rule).__name__} needs the {name} of the leaf at params"
                 f"{jax.tree_util.keystr(path)}, of shape {needed}: {got}; update(..., context={{"
-                f"{name!r}: a tree like params}}). A gram is the mean over rows of xᵀx for the "
-                'inputs x of a layer; give the rule inputs="first" for flax kernels (in, out)'
+                f"{name!r}: a tree like params}})" + GRAM * (name == "gram")
             )
         return x
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from deepopt.rule import Rule, check_hyperparameters, checked_rule, scalar_names, trace
-from deepopt.rules import SGD, AdamW
+from deepopt.rules import DESCENT, SGD, AdamW
 from jax_backend.step import RuleState, Stepper, is_absent
 
 
@@ -56,7 +56,7 @@ def transform(
             raise TypeError(f"{type(rule).__name__} takes every leaf, so {fallback=} has no use")
         return own
     shared = ("lr", "weight_decay", "every") if fallback is None else ()
-    default = SGD() if "gram" in known.context((1, 1)) else AdamW()
+    default = SGD() if isinstance(rule, DESCENT) else AdamW()
     other = checked_rule(fallback or default, "fallback").with_values(
         {k: getattr(known, k) for k in shared}
     )

@@ -87,6 +87,7 @@ def test_clipping_leaves_tiny_gradients_alone():
     [
         (lambda: around.clipped(around.clipped(rules.SGD)), ValueError, "'max_norm' already"),
         (lambda: around.averaged(around.averaged(rules.SGD())), ValueError, "only once"),
+        (lambda: around.cautious(around.clipped(around.cautious(rules.SGD))), ValueError, "once"),
         (lambda: around.clipped(rules.SGD, -1.0), ValueError, r"max_norm=-1.0\) must be"),
         (lambda: around.clipped(rules.SGD(), [1.0]), ValueError, r"max_norm=\[1.0\]\) must be"),
         (lambda: around.nonlinear(rules.SGD, "ns"), ValueError, "output='ns'.*newton_schulz"),
@@ -106,7 +107,7 @@ def test_what_cannot_be_is_refused_at_once(make, error, words):
 def test_what_goes_by_the_direction_belongs_inside_of_a_move(outer, inner):
     w = [np.ones((3, 3))]
     oracle = Oracle(outer(inner), w)
-    with pytest.raises(ValueError, match=r"put .* inside of it"):
+    with pytest.raises(ValueError, match="inside of schedule_free"):
         oracle.step(w, w)
     assert oracle.count == 0
 
@@ -124,3 +125,19 @@ def test_an_average_is_not_restarted():
         (w,) = oracle.step([w], [np.ones(4)])
         average = 0.5 * average + 0.5 * w
         np.testing.assert_allclose(w + oracle.state[0]["average_offset"], average, atol=1e-14)
+
+
+def test_nothing_is_lost_inside_of_averages():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = Optimizer([p], around.averaged(rules.SGD(lr=0.1), 0.5))
+    p.grad = torch.ones(3)
+    optimizer.step()
+    before = p.detach().clone()
+    with averaged(optimizer):
+        with pytest.raises(RuntimeError, match="leave the block before stepping"):
+            optimizer.step()
+        with pytest.raises(RuntimeError, match="averages already"), averaged(optimizer):
+            pass
+    assert torch.equal(p, before) and optimizer.state[p]["step"] == 1
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2

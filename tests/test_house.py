@@ -13,7 +13,7 @@ from deepopt import describe, latex, rules
 from deepopt.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-BUDGET = {"deepopt": 4900, "torch_backend": 1600, "jax_backend": 480}
+BUDGET = {"deepopt": 4900, "torch_backend": 1600, "jax_backend": 490}
 
 
 @pytest.mark.parametrize("package", BUDGET)
@@ -22,7 +22,7 @@ def test_line_budget(package):
     assert lines <= BUDGET[package], f"{package} has {lines} lines; raise the budget with a reason"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/new-rule.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/new-rule.md", "docs/around.md"])
 def test_documented_code_runs(page, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert blocks

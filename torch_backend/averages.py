@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
 
 import torch
+
+# The optimizers whose parameters are averages now.
+_inside: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
 @contextmanager
@@ -15,8 +20,11 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     >>> with averaged(optimizer):
     ...     evaluate(model)
 
-    Shapes: any. Memory: a copy of those parameters. Raises ValueError where none has an average.
+    Shapes: any. Memory: a copy of those parameters. Raises ValueError where none has an average,
+    and RuntimeError for a block inside a block and for a step inside one, which would be lost.
     """
+    if optimizer in _inside:
+        raise RuntimeError("the parameters are their averages already; leave the block first")
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = {p: optimizer.state[p] for p in params if p in optimizer.state}
     offsets = {p: s["average_offset"] for p, s in states.items() if "average_offset" in s}
@@ -26,12 +34,20 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             "deepopt.around.averaged(AdamW())"
         )
     kept = {p: p.detach().clone() for p in offsets}
+    refusal = optimizer.register_step_pre_hook(_refuse)
+    _inside.add(optimizer)
     try:
         with torch.no_grad():
             for p, offset in offsets.items():
                 p.add_(offset)
         yield
     finally:
+        _inside.discard(optimizer)
+        refusal.remove()
         with torch.no_grad():
             for p, old in kept.items():
                 p.copy_(old)
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError("a step inside `averaged` would be lost: leave the block before stepping")

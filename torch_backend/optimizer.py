@@ -28,7 +28,7 @@ from deepopt.rule import (
     scalar_names,
     trace,
 )
-from deepopt.rules import SGD, AdamW, AMSGrad
+from deepopt.rules import DESCENT, SGD, AdamW, AMSGrad
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.layers import Context, Recorder, layers_of
 from torch_backend.routing import (
@@ -73,7 +73,7 @@ class Optimizer(torch.optim.Optimizer):
     fallback: the rule of parameters that a matrix rule cannot take, and of embeddings and output
         heads where a module or names tell them apart (bare tensors cannot be told apart: give
         embeddings a group of their own). By default AdamW with the group's lr and weight decay,
-        or SGD where the rule needs the Gram matrix of a layer's inputs.
+        or SGD where the rule is one of descent, whose lr is in another unit.
     views: how tensors are seen as matrices, by name pattern: {"*.qkv.weight": "split:3"}; a group
         may say `seen_as` for all of its tensors. See `routing.matrices`. Print
         `optimizer.routing` to see what was decided.
@@ -200,7 +200,7 @@ class Optimizer(torch.optim.Optimizer):
         shared: dict[str, Any] = {}
         if rest is None:
             shared = {k: given.get(k, getattr(base, k)) for k in ("lr", "weight_decay", "every")}
-            rest = _made(SGD if needs_gram(rule) else AdamW, shared)
+            rest = _made(SGD if isinstance(rule, DESCENT) else AdamW, shared)
         seen_as = param_group.get("seen_as")
         if seen_as is not None:
             check_view(seen_as)

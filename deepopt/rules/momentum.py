@@ -8,7 +8,7 @@ from deepopt.expr import Expr, absolute, array, reshape, sign, sqrt
 from deepopt.functions import ratio, unit, unit_rms
 from deepopt.kronecker import Kronecker
 from deepopt.memory import MLP, Linear, Objective, Table, average, dot, l2, write
-from deepopt.oracle import odd
+from deepopt.oracle import flaw
 from deepopt.readout import (
     DEGREE_0,
     ELEMENTWISE,
@@ -199,7 +199,7 @@ class FeatureMomentum(Rule):
     power: its exponent. polynomial: its coefficients.
     normalize: the map of g/‖g‖, which makes it independent of the gradient's size (ours).
     output, steps, coefficients, scale: the read-out, see `readout.read_out`.
-    A subclass may define another `phi`. It must be odd: an even map has no sign, so what it adds
+    A subclass may define another `phi`, odd and along g: an even map has no sign, so what it adds
     up does not descend. Raises ValueError for one that is not, and where the parameter is not a
     matrix.
     Shapes: parameter and memory r × c.
@@ -222,11 +222,9 @@ class FeatureMomentum(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not odd(self.phi):
-            raise ValueError(
-                f"{self!r}: phi must be odd, phi(-g) = -phi(g), and finite; what an even feature "
-                "adds up does not descend"
-            )
+        wrong = flaw(self.phi)
+        if wrong:
+            raise ValueError(f"phi of {type(self).__name__}: {wrong}. It is that of {self!r}")
 
     def phi(self, g: Expr) -> Expr:
         """The feature map: odd, of g's shape."""
