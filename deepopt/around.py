@@ -215,7 +215,8 @@ def _clipped_globally(base: Base) -> Made:
 
 def _share(size: Expr, most: Expr) -> Expr:
     """What to multiply something of this size by, so that it is at most that."""
-    return where(size > most, most / size, 1.0)
+    longer = size > most
+    return where(longer, most / where(longer, size, 1.0), 1.0)
 
 
 def _clipping(base: Base, name: str, prepare: Callable[..., Expr]) -> Made:
@@ -341,6 +342,11 @@ def _restarted(base: Base) -> Made:
         before = t.step - 1.0
         since = before - self.restart_period * floor(before / float(self.restart_period))
         d, memories, *shift = base.update(self, w, g, s, replace(t, step=since + 1.0))
+        if "average_offset" in memories:
+            raise ValueError(
+                f"restarted({base.__name__}): its iterates are memories of weights, which must not "
+                "start again; put schedule_free outside"
+            )
         starts = {k: x.initial for k, x in base.slots(self, g.shape).items()}
         kept = {k: t.when("restart", starts[k], x) for k, x in memories.items()}
         return d, kept, *shift

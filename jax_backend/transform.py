@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from deepopt.algebra import Program
 from deepopt.rule import Rule, check_hyperparameters, checked_rule, scalar_names, trace
 from deepopt.rules import DESCENT, SGD, AdamW
 from jax_backend.step import RuleState, Stepper, is_absent
@@ -27,8 +28,13 @@ def scale_by_rule(rule: Rule, **hyperparameters: Any) -> optax.GradientTransform
     Raises ValueError for a rule without a direction, and at init for leaves that it cannot take.
     """
     known, later = _resolved(rule, hyperparameters)
-    if "direction" not in trace(known, (2, 2), frozenset({"every", *known.clocks()})).outputs:
-        raise ValueError(f"scale_by_rule({known!r}): it has no direction for an lr; use transform")
+    whole = trace(known, (2, 2), frozenset({"every", *known.clocks()})).outputs
+    rest = Program({k: x for k, x in whole.items() if k != "update"})
+    if "direction" not in whole or "lr" in rest.inputs:
+        raise ValueError(
+            f"scale_by_rule({known!r}): it has no direction that a later lr could scale, or keeps "
+            "what its own lr does; use transform"
+        )
     return _optax(Stepper(known, later, "direction"))
 
 

@@ -112,6 +112,13 @@ def test_what_goes_by_the_direction_belongs_inside_of_a_move(outer, inner):
     assert oracle.count == 0
 
 
+def test_iterates_are_not_restarted():
+    w = [np.ones(3)]
+    with pytest.raises(ValueError, match="put schedule_free outside"):
+        Oracle(around.restarted(around.schedule_free(rules.SGD()), 3), w).step(w, w)
+    Oracle(around.schedule_free(around.restarted(rules.SGD(), 3)), w).step(w, w)
+
+
 def test_two_averages_cannot_be_kept():
     with pytest.raises(ValueError, match=r"\['average_offset'\]"):
         Oracle(around.averaged(around.schedule_free(rules.SGD())), [np.ones(3)])
@@ -134,8 +141,10 @@ def test_nothing_is_lost_inside_of_averages():
     optimizer.step()
     before = p.detach().clone()
     with averaged(optimizer):
-        with pytest.raises(RuntimeError, match="leave the block before stepping"):
+        with pytest.raises(RuntimeError, match="leave the block first"):
             optimizer.step()
+        with pytest.raises(RuntimeError, match="leave the block first"):
+            optimizer.state_dict()
         with pytest.raises(RuntimeError, match="averages already"), averaged(optimizer):
             pass
     assert torch.equal(p, before) and optimizer.state[p]["step"] == 1

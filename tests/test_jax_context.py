@@ -1,5 +1,6 @@
 """What a rule needs beyond its own gradient in optax: contexts, the norm of all, and averages."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -95,11 +96,12 @@ def test_a_context_reaches_every_leaf(x64, rule):
 
 
 def test_a_context_reaches_the_parts_of_a_chain_and_masked_leaves(x64):
-    w, g, context, expected = given(DGD)
+    rule = replace(DGD, solver="explicit")
+    w, g, context, expected = given(rule)
     parts = optax.chain(
-        scale_by_rule(DGD),
-        optax.add_decayed_weights(DGD.weight_decay),
-        optax.scale_by_learning_rate(DGD.lr),
+        scale_by_rule(rule),
+        optax.add_decayed_weights(rule.weight_decay),
+        optax.scale_by_learning_rate(rule.lr),
     )
     labels = {"conv": "plain", "matrix": "ours", "stack": "ours", "vector": "plain"}
     tx = optax.partition({"ours": parts, "plain": optax.sgd(0.1)}, labels)
@@ -242,11 +244,15 @@ def test_a_state_without_averages_is_refused():
         averaged(w, transform(rules.Muon()).init(w))
 
 
-@pytest.mark.parametrize("rule", [rules.GGD(), around.schedule_free(rules.SGD())])
+@pytest.mark.parametrize(
+    "rule",
+    [rules.GGD(), rules.DGD(), around.schedule_free(rules.SGD()), around.averaged(rules.SGD())],
+)
 def test_a_move_that_lr_does_not_scale_is_no_direction(rule):
     with pytest.raises(ValueError, match=r"scale_by_rule\(.*: .* use transform"):
         scale_by_rule(rule)
-    scale_by_rule(rules.GGD(states=1))
+    scale_by_rule(rules.GGD(states=1, objective="dot"))
+    scale_by_rule(rules.DGD(solver="explicit"))
 
 
 def test_params_are_needed_where_a_move_reads_them():

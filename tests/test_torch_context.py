@@ -1,6 +1,7 @@
 """What torch rules need beyond gradients: recorded inputs, matrices given by hand, and norms."""
 
 import copy
+import gc
 import pickle
 
 import numpy as np
@@ -517,3 +518,59 @@ def test_classes_made_by_functions_can_be_bound(made):
     model(torch.randn(2, 3)).sum().backward()
     optimizer.step()
     assert not torch.equal(model.weight, before)
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def test_a_backward_pass_for_something_else_records_nothing():
+    model, x = small(), torch.randn(8, 4, dtype=torch.float64)
+    optimizer = torch_backend.DGD(model, lr=0.1)
+    model(x).sum().backward()
+    before = optimizer.context[model[0].weight]["gram"].clone()
+    other = (100 * torch.randn(8, 4, dtype=torch.float64)).requires_grad_()
+    torch.autograd.grad(model(other).sum(), other)
+    assert torch.equal(optimizer.context[model[0].weight]["gram"], before)
+
+
+def test_what_a_step_has_used_is_not_used_again():
+    model, x = small(), torch.randn(8, 4, dtype=torch.float64)
+    optimizer = torch_backend.DGD(model, lr=0.1)
+    for size in (1.0, 0.1, 0.01):
+        model(size * x).sum().backward()
+        gram = optimizer.context[model[0].weight]["gram"]
+        torch.testing.assert_close(gram, size**2 * x.mT @ x / 8)
+        optimizer.step()
+        model.zero_grad(set_to_none=False)
+
+
+def test_layers_whose_keys_are_not_known_fall_back():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(10 * x, self.weight, self.bias)
+
+    model = nn.ModuleDict({"e": nn.Embedding(6, 4), "s": Scaled(4, 4), "h": nn.Linear(4, 6)})
+    model["h"].weight = model["e"].weight
+    optimizer = Optimizer([{"params": model, "rule": rules.DGD()}])
+    assert {r.rule for r in optimizer.routing.routes} == {"SGD"}
+
+
+def test_nothing_is_left_behind_in_the_model():
+    model = small()
+    optimizer = torch_backend.DGD(model, lr=0.1)
+    assert torch.func.jacrev(model)(torch.randn(4, dtype=torch.float64)).shape == (2, 4)
+    assert model[0]._forward_hooks
+    del optimizer
+    gc.collect()
+    assert not model[0]._forward_hooks
+
+
+def test_large_contexts_are_stacked_a_few_at_a_time():
+    tall = [nn.Parameter(torch.ones(8, 600)) for _ in range(4)]
+    optimizer = Optimizer(tall, rules.DGD(lr=0.1))
+    for p in tall:
+        p.grad, optimizer.context[p]["gram"] = torch.ones(8, 600), torch.eye(600)
+    batches = optimizer._batches(0, None)
+    assert [len(batch.params) for batch in batches] == [1, 1, 1, 1]

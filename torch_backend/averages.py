@@ -21,7 +21,7 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     ...     evaluate(model)
 
     Shapes: any. Memory: a copy of those parameters. Raises ValueError where none has an average,
-    and RuntimeError for a block inside a block and for a step inside one, which would be lost.
+    and RuntimeError for a block, a step or a checkpoint inside of a block.
     """
     if optimizer in _inside:
         raise RuntimeError("the parameters are their averages already; leave the block first")
@@ -34,7 +34,10 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             "deepopt.around.averaged(AdamW())"
         )
     kept = {p: p.detach().clone() for p in offsets}
-    refusal = optimizer.register_step_pre_hook(_refuse)
+    refusals = [
+        optimizer.register_step_pre_hook(_refuse),
+        optimizer.register_state_dict_pre_hook(_refuse),
+    ]
     _inside.add(optimizer)
     try:
         with torch.no_grad():
@@ -43,11 +46,15 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         _inside.discard(optimizer)
-        refusal.remove()
+        for refusal in refusals:
+            refusal.remove()
         with torch.no_grad():
             for p, old in kept.items():
                 p.copy_(old)
 
 
 def _refuse(*_: Any) -> None:
-    raise RuntimeError("a step inside `averaged` would be lost: leave the block before stepping")
+    raise RuntimeError(
+        "inside `averaged` a step would be lost and a checkpoint averaged twice: "
+        "leave the block first"
+    )

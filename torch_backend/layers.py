@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 Context: TypeAlias = defaultdict[Tensor, dict[str, Tensor]]
 # The most numbers of a convolution's patches that are laid out at a time.
 PATCHES = 1 << 24
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -25,28 +26,34 @@ def groups_of(layer: nn.Module) -> int:
 
 
 def layers_of(module: nn.Module) -> dict[Tensor, list[nn.Module]]:
-    """The Linear and Conv layers of a module by weight; not those that are never called.
+    """The Linear and Conv layers of a module by weight, where they are all that uses it.
 
-    nn.MultiheadAttention reads the weight of its output projection without calling it.
+    Not those with a forward of their own, those that are never called (nn.MultiheadAttention reads
+    the weight of its output projection), and weights that another kind of module has too.
     """
     attention = [x for x in module.modules() if isinstance(x, nn.MultiheadAttention)]
     silent = {id(x.out_proj) for x in attention}
     found: dict[Tensor, list[nn.Module]] = {}
+    others: set[Tensor] = set()
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            # A parametrised weight is computed anew in every forward.
-            if isinstance(layer.weight, nn.Parameter) and id(layer) not in silent:
-                found.setdefault(layer.weight, []).append(layer)
-    return found
+        own = dict(layer.named_parameters(recurse=False))
+        plain = any(type(layer).forward is x.forward for x in KINDS) and id(layer) not in silent
+        # A parametrised weight is computed anew in every forward, and is no parameter.
+        if plain and "weight" in own:
+            found.setdefault(own.pop("weight"), []).append(layer)
+        others |= set(own.values())
+    return {weight: layers for weight, layers in found.items() if weight not in others}
 
 
 @dataclass
 class Sum:
-    """A recorded Gram matrix, how many rows it is the mean over, and the last backward pass."""
+    """A recorded Gram matrix, how many rows it is the mean over, the last backward pass, and
+    whether a step has used it."""
 
     gram: Tensor
     rows: int = 0
     backward: int = -1
+    used: bool = False
 
 
 class Recorder:
@@ -54,7 +61,7 @@ class Recorder:
 
     It is Σ xᵀx over all uses of a weight, by the rows of its first use in each backward pass: uses
     in one pass add up, as their gradients do, and passes that accumulate gradients of loss/k are
-    averaged over. Like a gradient it starts anew where the weight's `.grad` is None.
+    averaged over. It starts anew after a step, and where the weight's `.grad` is None.
     Shapes: d × d for d inputs, groups × d × d for a convolution with groups; float32 at least.
     Memory: that, and what autograd keeps anyway; activation checkpointing is seen through.
     One process, without torch.compile: Gram matrices are not averaged over data-parallel workers.
@@ -81,7 +88,13 @@ class Recorder:
         for layer in layers:
             if not any(layer is x for x in watched):
                 watched.append(layer)
-                layer.register_forward_hook(_Hook(self), with_kwargs=True)
+                hook = layer.register_forward_hook(_Hook(self), with_kwargs=True)
+                finalize(self, hook.remove)
+
+    def used(self) -> None:
+        """A step has used what was recorded."""
+        for known in self._sums.values():
+            known.used = True
 
     def forget(self) -> None:
         """Drop what was recorded, as zero_grad does with gradients."""
@@ -98,7 +111,7 @@ class Recorder:
         known, groups, side = self._sums.get(weight), groups_of(layer), prod(weight.shape[1:])
         if known is not None:
             replaced = self.context[weight].get("gram") is not known.gram
-            anew = known.backward != backward and weight.grad is None
+            anew = known.backward != backward and (known.used or weight.grad is None)
             known = None if replaced or anew else known
         if known is None:
             shape = (groups, side, side) if groups > 1 else (side, side)
@@ -148,8 +161,10 @@ class _Hook:
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> Any:
         recorder = self._recorder() if self._recorder else None
+        if recorder is None or _transformed():
+            return output
         weight: Any = layer.weight
-        if recorder is None or weight not in recorder:
+        if weight not in recorder:
             return output
         x = args[0] if args else kwargs.get("input")
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
@@ -157,6 +172,12 @@ class _Hook:
         if not torch.is_grad_enabled() or not weight.requires_grad:
             return output
         return _Use.apply(output, x.detach(), layer, recorder)
+
+
+def _transformed() -> bool:
+    """Whether a transformation of torch.func is under way, whose gradients are not ours."""
+    functorch: Any = getattr(torch._C, "_functorch", None)
+    return functorch is not None and functorch.peek_interpreter_stack() is not None
 
 
 class _Use(torch.autograd.Function):
@@ -175,8 +196,20 @@ class _Use(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,), weight = ctx.saved_tensors, ctx.weight
+        if not _reaches(weight):
+            return grad, None, None, None
         backward = torch._C._current_graph_task_id() if ctx.outer < 0 else ctx.outer
         with torch.no_grad():
             rows = grad.numel() // max(1, len(weight))
             ctx.recorder.add(ctx.layer, weight, x, rows, backward)
         return grad, None, None, None
+
+
+def _reaches(weight: Tensor) -> bool:
+    """Whether the backward pass under way makes a gradient of this weight."""
+    node = torch.autograd.graph.get_gradient_edge(weight).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # It is asked for by torch.autograd.grad, whose leaves are not executed but captured.
+        return True

@@ -297,6 +297,7 @@ class Optimizer(torch.optim.Optimizer):
             if self._finite(batches):
                 for batch in batches:
                     self._run(batch)
+                self._recorder.used()
         return loss
 
     def _finite(self, batches: Sequence[Batch]) -> bool:
@@ -381,7 +382,7 @@ class Optimizer(torch.optim.Optimizer):
         prepared: dict[tuple[Any, ...], tuple[Compiled, list[Any]]] = {}
         batches: list[Batch] = []
         for (seen, dtype, device, step, ticks, _), params in members.items():
-            most = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // max(1, seen.size))
+            most = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // max(1, seen.largest))
             for start in range(0, len(params), most):
                 part = params[start : start + most]
                 key = (seen, dtype, device, step, ticks, len(part) > 1)
@@ -576,8 +577,11 @@ class Seen:
     context: dict[str, tuple[int, ...]]
 
     @property
-    def size(self) -> int:
-        return (self.count or 1) * prod(self.shape)
+    def largest(self) -> int:
+        """The most numbers that a parameter, one of its memories or of its context has."""
+        slots = [slot.shape for slot, _ in self.memories.values()]
+        shapes = [self.shape, *slots, *self.context.values()]
+        return (self.count or 1) * max(map(prod, shapes))
 
     def stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of a parameter's memories of this shape each."""
@@ -706,7 +710,7 @@ def _translated(saved: Mapping[str, Any], cls: type[Rule]) -> dict[str, Any]:
         group["steps"] = group.pop("ns_steps")
         for name in ("ns_coefficients", "eps"):
             group.pop(name)
-    needed = {**NEUTRAL, "amsgrad": cls is AMSGrad}
+    needed = {**NEUTRAL, "amsgrad": issubclass(cls, AMSGrad)}
     for name, neutral in needed.items():
         if name in group and name not in hints(cls) and group.pop(name) != neutral:
             raise ValueError(f"the checkpoint has {name}={saved[name]!r}; {cls.__name__} has not")
