@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         "missing bias correction of Adam's first moment",
         "deepopt/rules/adaptive.py",
-        "return over(m / (1.0 - beta1**t.step), root, self.eps), _named(moments)",
-        "return over(m, root, self.eps), _named(moments)",
+        "return over(m / (1.0 - beta1**t.step), root, self.eps), memories",
+        "return over(m, root, self.eps), memories",
     ),
     Mutant(
         "off-by-one clock: slow memories tick one step late",

@@ -128,13 +128,12 @@ def eigenvalues(a: Expr, v: Expr) -> Expr:
 
 
 @named
-def inverse_root(a: Expr, v: Expr, floor: Expr, *, p: int) -> Expr:
-    """a^(-1/p) of a symmetric a with eigenvectors v; the identity for a zero matrix.
+def inverse_root(v: Expr, values: Expr, floor: Expr, *, p: int) -> Expr:
+    """a^(-1/p) of the symmetric a with these eigenvectors and eigenvalues; the identity for zero.
 
     Eigenvalues below `floor` times the largest count as that, so that a matrix that is singular,
     or not positive semi-definite by rounding, has a root.
     """
-    values = eigenvalues(a, v)
     largest = max_(values, (-1,))
     raised = maximum(maximum(values, floor * largest), 0.0) ** (1.0 / p)
     powers = where(equal(largest, 0.0), 1.0, ratio(as_expr(1.0), raised))
@@ -142,9 +141,8 @@ def inverse_root(a: Expr, v: Expr, floor: Expr, *, p: int) -> Expr:
 
 
 @named
-def negative_eigenvalues(a: Expr, v: Expr, floor: Expr) -> Expr:
-    """How many eigenvalues of a, with eigenvectors v, are below -floor times the largest."""
-    values = eigenvalues(a, v)
+def negative_eigenvalues(values: Expr, floor: Expr) -> Expr:
+    """How many eigenvalues are below -floor times the largest."""
     return sum_(where(values < -(floor * max_(absolute(values), (-1,))), 1.0, 0.0))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from deepopt.expr import Expr, Number, Shape, as_expr, reshape, sum_
-from deepopt.functions import eigenbasis, inverse_root, negative_eigenvalues
+from deepopt.functions import eigenbasis, eigenvalues, inverse_root, negative_eigenvalues
 from deepopt.memory import average
 from deepopt.rule import Memories, Slot, Time
 
@@ -76,8 +76,9 @@ class Kronecker:
         """
         p, least = 2 * len(factors), as_expr(floor)
         vectors = {k: eigenbasis(x) for k, x in factors.items()}
-        roots = {k: inverse_root(x, vectors[k], least, p=p) for k, x in factors.items()}
-        counts = [sum_(negative_eigenvalues(x, vectors[k], least)) for k, x in factors.items()]
+        values = {k: eigenvalues(x, vectors[k]) for k, x in factors.items()}
+        roots = {k: inverse_root(vectors[k], values[k], least, p=p) for k in factors}
+        counts = [sum_(negative_eigenvalues(x, least)) for x in values.values()]
         return roots, reshape(sum(counts[1:], counts[0]), (1, 1))
 
     def _cut(self, x: Expr, side: str) -> Expr:

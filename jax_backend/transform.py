@@ -44,7 +44,7 @@ def transform(
     """A rule as a whole optimizer: lr and weight decay applied, other leaves by the fallback.
 
     fallback: for leaves with fewer than two axes under a matrix rule; by default AdamW, or SGD
-        where the rule needs a gram, with its lr, weight decay and `every`. Matrices are taken as
+        for a rule of descent, with its lr, weight decay and `every`. Matrices are taken as
         they are stored, three axes as a stack of them; with more, all but the last are rows, as in
         a flax convolution. Embeddings and heads look like matrices: give them another rule by
         `optax.partition`.

@@ -8,7 +8,7 @@ from torch import nn
 from deepopt import Oracle, rules
 from deepopt.algebra import Program, fold
 from deepopt.expr import symbol
-from deepopt.functions import eigenbasis, inverse_root, negative_eigenvalues
+from deepopt.functions import eigenbasis, eigenvalues, inverse_root, negative_eigenvalues
 from deepopt.kronecker import Kronecker, blocks
 from deepopt.oracle import NUMPY
 from torch_backend import Optimizer
@@ -64,7 +64,11 @@ def test_blocks_are_apart():
 def root(a: np.ndarray, p: int, floor: float) -> tuple[np.ndarray, float]:
     x, least = symbol("a", a.shape), symbol("floor")
     v = eigenbasis(x)
-    outputs = {"root": inverse_root(x, v, least, p=p), "n": negative_eigenvalues(x, v, least)}
+    values = eigenvalues(x, v)
+    outputs = {
+        "root": inverse_root(v, values, least, p=p),
+        "n": negative_eigenvalues(values, least),
+    }
     out = fold(Program(outputs), NUMPY, {"a": a, "floor": floor})
     return out["root"], float(out["n"].sum())
 

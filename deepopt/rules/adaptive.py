@@ -90,10 +90,11 @@ class AdamW(Rule):
         return {"exp_avg": Slot(shape), "exp_avg_sq": Slot(shape)}
 
     def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        moments = m, v = _moments(s, g, self.betas)
+        memories = _moments(s, g, self.betas)
+        m, v = memories.values()
         beta1, beta2 = self.betas
         root = sqrt(v) / sqrt(1.0 - beta2**t.step)
-        return over(m / (1.0 - beta1**t.step), root, self.eps), _named(moments)
+        return over(m / (1.0 - beta1**t.step), root, self.eps), memories
 
     def symmetries(self) -> Symmetries:
         return ELEMENTWISE | DEGREE_0
@@ -139,9 +140,9 @@ class NAdam(Rule):
         return slots
 
     def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        moments = m, v = _moments(s, g, self.betas)
+        memories = _moments(s, g, self.betas)
+        m, v = memories.values()
         beta1, beta2 = self.betas
-        memories = _named(moments)
         now = after = beta1
         done: Number = beta1**t.step
         if self.schedule == "dozat":
@@ -178,7 +179,8 @@ class RAdam(Rule):
         return {"exp_avg": Slot(shape), "exp_avg_sq": Slot(shape)}
 
     def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        moments = m, v = _moments(s, g, self.betas)
+        memories = _moments(s, g, self.betas)
+        m, v = memories.values()
         beta1, beta2 = self.betas
         power = beta2**t.step
         most = 2.0 / (1.0 - beta2) - 1.0
@@ -186,7 +188,7 @@ class RAdam(Rule):
         share = ratio((rho - 4.0) * (rho - 2.0) * most, (most - 4.0) * (most - 2.0) * rho)
         plain = m / (1.0 - beta1**t.step)
         held = over(plain, sqrt(v / (1.0 - power)), self.eps) * sqrt(maximum(share, 0.0))
-        return where(rho > 5.0, held, plain), _named(moments)
+        return where(rho > 5.0, held, plain), memories
 
     def symmetries(self) -> Symmetries:
         return ELEMENTWISE
@@ -213,13 +215,14 @@ class AMSGrad(Rule):
         return {k: Slot(shape) for k in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
 
     def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
-        moments = m, v = _moments(s, g, self.betas)
+        memories = _moments(s, g, self.betas)
+        m, v = memories.values()
         beta1, beta2 = self.betas
         correction = 1.0 - beta2**t.step
         most = maximum(s["max_exp_avg_sq"], v / correction if self.corrected else v)
         root = sqrt(most) if self.corrected else sqrt(most) / sqrt(correction)
         d = over(m / (1.0 - beta1**t.step), root, self.eps)
-        return d, _named(moments) | {"max_exp_avg_sq": most}
+        return d, memories | {"max_exp_avg_sq": most}
 
     def symmetries(self) -> Symmetries:
         return ELEMENTWISE | DEGREE_0
@@ -298,10 +301,7 @@ def over(x: Expr, root: Expr, eps: Number) -> Expr:
     return x / maximum(root + eps, 1e-19)
 
 
-def _moments(s: Memories, g: Expr, betas: tuple[Number, Number]) -> tuple[Expr, Expr]:
+def _moments(s: Memories, g: Expr, betas: tuple[Number, Number]) -> dict[str, Expr]:
     """The averages of the gradient and of its square after g."""
-    return average(s["exp_avg"], g, betas[0]), average(s["exp_avg_sq"], g * g, betas[1])
-
-
-def _named(moments: tuple[Expr, Expr]) -> dict[str, Expr]:
-    return dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
+    values = {"exp_avg": g, "exp_avg_sq": g * g}
+    return {k: average(s[k], x, beta) for (k, x), beta in zip(values.items(), betas, strict=True)}
