@@ -40,6 +40,13 @@ COEFFICIENTS: dict[str, tuple[float, float, float]] = {
 }
 
 
+def polynomials(coefficients: str, steps: int) -> tuple[tuple[float, float, float], ...]:
+    """(a, b, c) of each step of an orthogonalising iteration; ValueError for an unknown one."""
+    if coefficients not in COEFFICIENTS:
+        raise ValueError(f"coefficients={coefficients!r}: choose one of {sorted(COEFFICIENTS)}")
+    return (COEFFICIENTS[coefficients],) * steps
+
+
 @cache
 def definition_of(
     name: str, shapes: tuple[Shape, ...], static: tuple[tuple[str, Hashable], ...]
@@ -196,12 +203,9 @@ def newton_schulz(x: Expr, *, steps: int = 5, coefficients: str = "quintic") -> 
     """
     if x.rank != 2:
         raise ValueError(f"newton_schulz needs a matrix, got shape {x.shape}")
-    if coefficients not in COEFFICIENTS:
-        raise ValueError(f"coefficients={coefficients!r}: choose one of {sorted(COEFFICIENTS)}")
-    a, b, c = COEFFICIENTS[coefficients]
     tall = x.shape[0] > x.shape[1]
     y = unit(transpose(x) if tall else x)
-    for _ in range(steps):
+    for a, b, c in polynomials(coefficients, steps):
         gram = matmul(y, transpose(y))
         polynomial = b * gram + c * matmul(gram, gram) if c else b * gram
         y = a * y + matmul(polynomial, y)
