@@ -7,8 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deepopt.algebra import Arrays, constant_array
-from deepopt.expr import Shape
+from deepopt.algebra import Arrays, apply, constant_array
+from deepopt.expr import Shape, symbol
+from deepopt.functions import polynomials, unit
+
+# Columns per row from which the Gram form has fewer operations.
+GRAM_ASPECT = 1.5
 
 
 class Jax(Arrays[Any]):
@@ -64,3 +68,33 @@ class Jax(Arrays[Any]):
     def orthonormal(self, a: Any) -> jax.Array:
         q, r = jnp.linalg.qr(a)
         return q * jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[..., None, :]
+
+    def newton_schulz(self, x: Any, steps: int = 5, coefficients: str = "quintic") -> jax.Array:
+        """As defined in the graph, by a program whose size does not grow with the steps.
+
+        Wide float32 matrices take three steps on one Gram matrix r = yyᵀ, since that of (a + z)y is
+        (a + z)r(a + z). Rounding grows with each, and float64 promises the definition.
+        """
+        rows, columns = x.shape[-2:]
+        if rows > columns:
+            return self.transpose(self.newton_schulz(self.transpose(x), steps, coefficients))
+        known = polynomials(coefficients, steps)
+        abc, quintic = jnp.asarray(known, x.dtype), any(c for *_, c in known)
+        gram = x.dtype == jnp.float32 and columns >= GRAM_ASPECT * rows
+        together = min(3, steps) if gram else 1
+
+        def advance(y: Any, abc: Any) -> tuple[Any, None]:
+            r, scale, q = self.matmul(y, self.transpose(y)), 1.0, None
+            for i, (a, b, c) in enumerate(abc):
+                z = b * r + c * self.matmul(r, r) if quintic else b * r
+                q = z if q is None else scale * z + self.matmul(q, z) + a * q
+                scale = scale * a
+                if i + 1 < len(abc):
+                    rz = self.matmul(r, z) + a * r
+                    r = self.matmul(z, rz) + a * rz
+            return scale * y + self.matmul(q, y), None
+
+        y = apply(self, unit(symbol("x", (rows, columns))), [x])
+        if first := steps % together:
+            y, _ = advance(y, abc[:first])
+        return jax.lax.scan(advance, y, abc[first:].reshape(-1, together, 3))[0]

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from deepopt.algebra import Program, fold
-from deepopt.expr import Shape
+from deepopt.algebra import Program
+from deepopt.expr import Shape, as_expr, symbol
 from deepopt.oracle import canonical
 from deepopt.rule import Rule, trace
 from jax_backend.algebra import Jax
+from jax_backend.together import Part, run
 
 # In the words of optax, which does not export them.
 NO_PARAMS = (
@@ -94,13 +95,9 @@ class Stepper:
         decays = self._decays(updates, params)
         given = [scalars if decay else scalars | {"weight_decay": 0.0} for decay in decays]
         for members, variants, chosen in work:
-            own = [given[i] for i in members]
-            branches = [
-                lambda x, v=v, own=own: [*map(partial(self._leaf, v), own, x)] for v in variants
-            ]
-            stepped = jax.lax.switch(chosen, branches, [leaves[i] for i in members])
-            for i, leaf in zip(members, stepped, strict=True):
-                leaves[i] = leaf
+            parts = [self._part(variants, given[i], leaves[i]) for i in members]
+            for i, outputs in zip(members, run(parts, chosen), strict=True):
+                leaves[i] = None, outputs.pop(self.output), outputs
         slots = {k: tree.unflatten([memories[k] for *_, memories in leaves]) for k in state.slots}
         return tree.unflatten([g for _, g, _ in leaves]), RuleState(count, slots)
 
@@ -176,43 +173,34 @@ class Stepper:
         matches = [jnp.stack([due[k] == (k in v) for k in due]).all() for v in variants]
         return variants, jnp.argmax(jnp.stack(matches))
 
-    def _leaf(self, ticking: frozenset[str], scalars: Mapping[str, Any], leaf: Leaf) -> Leaf:
-        """The update, in the place of g, and the memories after these clocks have ticked."""
+    def _part(
+        self, variants: Sequence[frozenset[str]], scalars: Mapping[str, Any], leaf: Leaf
+    ) -> Part:
+        """What is to be computed for a leaf, for each set of clocks that can tick."""
         w, g, memories = leaf
         batch, shape = _seen(self.rule, jnp.shape(g))
-        program, reads_weights = self._program(shape, ticking, scalars["weight_decay"])
-        if w is None and reads_weights:
-            raise ValueError(NO_PARAMS)
+        programs = [self._program(shape, v, scalars["weight_decay"], w is None) for v in variants]
         dtype = _arithmetic(g, g if w is None else w)
         slots = {name: slot.shape for name, slot in self.rule.all_slots(shape).items()}
-        shapes = slots | self.rule.context(shape)
+        shapes = {"g": shape, "w": shape} | slots | self.rule.context(shape)
+        arrays = {"g": g, "w": jnp.zeros_like(g) if w is None else w} | memories
+        cast = partial(jnp.asarray, dtype=dtype)
+        inputs = {k: cast(x) if isinstance(x, jax.Array) else x for k, x in scalars.items()}
+        inputs |= {k: cast(x).reshape(*batch, *shapes[k]) for k, x in arrays.items()}
+        known = {x: inputs[str(x["name"])] for p in programs for x in p.nodes if x.op == "input"}
+        return Part(Jax(dtype), programs, known, {self.output: g} | {k: memories[k] for k in slots})
 
-        def seen(x: Any, shape: Shape) -> jax.Array:
-            return jnp.asarray(x, dtype).reshape(*batch, *shape)
-
-        inputs = {
-            k: jnp.asarray(x, dtype) if isinstance(x, jax.Array) else x for k, x in scalars.items()
-        }
-        inputs |= {k: seen(m, shapes[k]) for k, m in memories.items()}
-        inputs |= {"g": seen(g, shape), "w": seen(jnp.zeros_like(g) if w is None else w, shape)}
-        out = fold(program, Jax(dtype), inputs)
-
-        def like(name: str, given: str, x: Any) -> jax.Array:
-            """An output, which may lack the batch axes, in the shape and dtype of x."""
-            full = jnp.broadcast_to(out.get(name, 0.0), inputs[given].shape)
-            return full.reshape(jnp.shape(x)).astype(jnp.result_type(x))
-
-        kept = {k: like(k, k, memories[k]) if k in out else memories[k] for k in slots}
-        return None, like(self.output, "g", g), kept
-
-    def _program(self, shape: Shape, ticking: frozenset[str], decay: Any) -> tuple[Program, bool]:
-        """The program of the output that is asked for, and whether it needs the weights."""
+    def _program(self, shape: Shape, ticking: frozenset[str], decay: Any, alone: bool) -> Program:
+        """The output that is asked for and every memory; ValueError where it needs the weights."""
         whole = trace(self.rule, shape, ticking)
         rest = Program({k: x for k, x in whole.outputs.items() if k != "update"})
         reads_weights = "w" in (rest if "direction" in whole.outputs else whole).inputs
-        if self.output == "direction":
-            return rest, reads_weights
-        return whole, reads_weights or isinstance(decay, jax.Array) or decay != 0
+        decays = self.output == "update" and (isinstance(decay, jax.Array) or decay != 0)
+        if alone and (reads_weights or decays):
+            raise ValueError(NO_PARAMS)
+        kept = {k: symbol(k, slot.shape) for k, slot in self.rule.all_slots(shape).items()}
+        kept |= {self.output: as_expr(0.0)}
+        return Program(kept | {k: x for k, x in whole.outputs.items() if k in kept})
 
 
 def ticking_together(periods: Mapping[str, int]) -> list[frozenset[str]]:

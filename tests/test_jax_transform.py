@@ -327,10 +327,9 @@ def test_a_slow_branch_runs_on_its_tick_only():
     tx = transform(rules.M3())
     conds, outside = conditionals(tx, w)
     (cond,) = conds
-    ordinary, tick = products(cond)
-    # Five steps of three products for each of two matrices, and twice that on a tick.
-    assert (ordinary, tick) == (2 * 5 * 3, 2 * 2 * 5 * 3)
-    assert "dot_general" not in outside
+    # The fast read-outs of both matrices on every step, and the slow ones, as costly, on a tick.
+    fast = outside.count("dot_general")
+    assert fast > 0 and products(cond) == [0, fast]
     lowered = jax.jit(tx.update).lower(w, tx.init(w), w)
     assert lowered.as_text().count("stablehlo.case") == 1
     assert " conditional(" in lowered.compile().as_text()
@@ -342,7 +341,8 @@ def test_conditionals_are_one_for_all_leaves_of_a_phase():
     assert len(conditionals(transform(rules.M3(period=3, stagger=True)), w)[0]) == 3
     assert len(conditionals(transform(rules.M3(period=9, stagger=True)), w)[0]) == 5
     (cond,) = conditionals(transform(NESTED), w[:1])[0]
-    assert products(cond) == [3, 6, 6, 9]
+    # Two levels that tick together are one batch.
+    assert products(cond) == [0, 3, 3, 3]
     (cond,) = conditionals(transform(rules.AdamW(every=3)), w)[0]
     work = [{e.primitive.name for e in equations(b.jaxpr)} for b in cond.params["branches"]]
     assert sorted("sqrt" in names for names in work) == [False, True]
