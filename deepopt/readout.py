@@ -10,7 +10,7 @@ from deepopt.expr import sqrt as square_root
 from deepopt.functions import mean, newton_schulz, ratio, unit_rms
 from deepopt.rule import Symmetries, symmetric
 
-Coefficients: TypeAlias = Literal["quintic", "cubic"]
+Coefficients: TypeAlias = Literal["quintic", "cubic", "polar_express"]
 Output: TypeAlias = Literal["newton_schulz", "identity", "sign", "rms"]
 Scale: TypeAlias = Literal["rms", "spectral", "none"]
 

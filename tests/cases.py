@@ -158,6 +158,7 @@ def _switches() -> list[Rule]:
         r.Muon(lr=lr),
         r.Muon(lr=lr, nesterov=False, scale="spectral", coefficients="cubic", steps=9),
         r.Muon(lr=lr, scale="none", momentum=0.5),
+        r.Muon(lr=lr, coefficients="polar_express", steps=5),
         r.DeltaMomentum(lr=lr),
         r.AdaMuon(lr=lr),
         r.AdaMuon(lr=lr, signed=False, scale="none", momentum=0.5, eps=1e-2, weight_decay=0.1),

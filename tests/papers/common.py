@@ -11,6 +11,19 @@ Rule = Callable[[np.ndarray, np.ndarray, Memories, int], Step]
 
 POLYNOMIALS = {"quintic": (3.4445, -4.7750, 2.0315), "cubic": (1.5, -0.5, 0.0)}
 
+# The list that the authors of Polar Express publish, for singular values from 1e-3 on; the last
+# polynomial repeats. All are to be taken at x / 1.05.
+POLAR_EXPRESS = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+]
+
 
 def run(
     rule: Rule,
@@ -81,9 +94,13 @@ def newton_schulz(x: np.ndarray, coefficients: str = "quintic", steps: int = 5) 
     """Iterate X <- aX + (bA + cAA)X with A = XX^T from x / frob(x), on the wide orientation."""
     if x.shape[0] > x.shape[1]:
         return newton_schulz(x.T, coefficients, steps).T
-    a, b, c = POLYNOMIALS[coefficients]
     X = divide(x, frob(x))
-    for _ in range(steps):
+    for t in range(steps):
+        if coefficients == "polar_express":
+            a, b, c = POLAR_EXPRESS[min(t, 7)]
+            a, b, c = a / 1.05, b / 1.05**3, c / 1.05**5
+        else:
+            a, b, c = POLYNOMIALS[coefficients]
         A = X @ X.T
         X = a * X + (b * A + c * A @ A) @ X
     return X

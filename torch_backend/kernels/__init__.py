@@ -1,0 +1,1 @@
+"""Kernels on tensors: what is compiled, kept and launched."""
