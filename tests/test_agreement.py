@@ -51,7 +51,7 @@ def oracle_path(
 def torch_path(case: Case, dtype: torch.dtype) -> tuple[list[np.ndarray], Optimizer]:
     w, g = stream(case.shape, STEPS)
     p = torch.nn.Parameter(torch.tensor(w, dtype=dtype))
-    optimizer = Optimizer([p], case.rule)
+    optimizer = Optimizer([p], case.rule, fused=False)
     path = []
     for step, context in zip(g, contexts(case.rule, case.shape, STEPS), strict=True):
         p.grad = torch.tensor(step, dtype=dtype)

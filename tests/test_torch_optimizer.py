@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import warnings
 from math import lcm
 from typing import ClassVar
 
@@ -94,8 +95,9 @@ def test_a_bound_class_is_a_real_optimizer_with_a_true_signature(cls):
     assert bind(cls) is bound and pickle.loads(pickle.dumps(bound)) is bound
     given = dict(inspect.signature(bound).parameters)
     options = ["fallback", "views", "strict", "maximize", "on_nonfinite"]
+    options += ["fused", "precision", "rounding"]
     hyper = {k: p.default for k, p in inspect.signature(cls).parameters.items()}
-    assert list(given)[:2] == ["params", "lr"] and list(given)[-5:] == options
+    assert list(given)[:2] == ["params", "lr"] and list(given)[-8:] == options
     assert {k: p.default for k, p in given.items() if k in hyper} == hyper
     assert set(given) == {"params", *hyper, *options}
     (group,) = optimizer.param_groups
@@ -486,8 +488,14 @@ def test_memory_layout_does_not_matter(rule):
     strided.data = base[..., ::2].copy_(plain.data)
     last.data = last.data.to(memory_format=torch.channels_last)
     assert not strided.is_contiguous() and not last.is_contiguous()
-    results = [run(Optimizer([p], rule), 3) for p in (plain, strided, last)]
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    # Kernels take what fills its memory, in any order of axes; the rest takes the plain path.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        results = [
+            run(Optimizer([p], rule, precision="float32"), 3) for p in (plain, strided, last)
+        ]
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-5, atol=1e-6)
     assert torch.equal(base[..., ::2], strided.detach())
     assert last.is_contiguous(memory_format=torch.channels_last)
 
@@ -730,8 +738,8 @@ def test_clocks_and_stagger_equal_the_oracle(case):
 def test_neutral_flags_of_torch_may_stay_in_the_line():
     flags = {"foreach": None, "fused": False, "capturable": False, "amsgrad": False}
     assert torch_backend.AdamW([parameter(3)], lr=1e-3, **flags).param_groups[0]["lr"] == 1e-3
-    with pytest.raises(TypeError, match="AdamW has no hyperparameter 'fused'"):
-        torch_backend.AdamW([parameter(3)], fused=True)
+    with pytest.raises(TypeError, match="AdamW has no hyperparameter 'foreach'"):
+        torch_backend.AdamW([parameter(3)], foreach=True)
 
 
 def test_an_explicit_view_wins_over_a_guess():

@@ -11,16 +11,25 @@ from functools import lru_cache
 from itertools import chain, count
 from math import prod
 from numbers import Integral, Real
-from typing import Any, Generic, Literal, NamedTuple, ParamSpec, Protocol, TypeAlias, cast, overload
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    TypeAlias,
+    cast,
+    get_args,
+    overload,
+)
 
 import torch
 from torch import Tensor, nn
 
 from deepopt.algebra import Program
-from deepopt.oracle import canonical
 from deepopt.rule import (
     Rule,
-    Slot,
     check_hyperparameters,
     check_scalars,
     checked_rule,
@@ -30,19 +39,24 @@ from deepopt.rule import (
 )
 from deepopt.rules import DESCENT, SGD, AdamW, AMSGrad
 from torch_backend.algebra import Compiled, Torch
+from torch_backend.fused import How, Rounding
+from torch_backend.kernels import native
+from torch_backend.kernels.newton_schulz import fast_precision
 from torch_backend.layers import Context, Recorder, layers_of
 from torch_backend.routing import (
     Named,
     Route,
     Routing,
     check_view,
-    matrices,
     needs_gram,
     of_iterable,
     route,
 )
+from torch_backend.seen import Seen, arithmetic, remember, seen_of
+from torch_backend.work import Moment, Work, say_once
 
 P = ParamSpec("P")
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Parameters: TypeAlias = nn.Module | Iterable[Any]
 OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
 
@@ -50,16 +64,18 @@ OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
 # and what keeps an accelerator busy.
 BATCH = {"cpu": 1 << 18}
 BATCH_ELSEWHERE = 1 << 24
+# With the group and the step, of the random numbers that round weights.
+KEY = 0x64656570
 # Keys of a group that belong to the binding, and those that schedulers and trainers leave there.
 OWN = {"params", "param_names", "rule", "seen_as", "maximize"}
 FOREIGN = {*"initial_lr base_lr max_lr min_lr base_momentum max_momentum swa_lr name".split()}
 # Keys of torch's optimizers: how they compute, and what must have this value to mean nothing here.
-TORCH = {"foreach", "fused", "capturable", "differentiable"}
+TORCH = {"foreach", "capturable", "differentiable"}
 NEUTRAL = {"amsgrad": False, "centered": False, "dampening": 0, "momentum": 0, "nesterov": False}
 # The attributes that a copy or a pickle keeps beside those of torch's base class.
 KEPT = (
     *("_rule", "_fallback", "_views", "_strict", "_rules", "_why", "_tensors"),
-    *("_recorder", "on_nonfinite", "skipped_steps"),
+    *("_recorder", "on_nonfinite", "skipped_steps", "fused", "precision", "rounding"),
 )
 
 
@@ -89,6 +105,10 @@ class Optimizer(torch.optim.Optimizer):
     Raises ValueError or TypeError that quote what was given; then nothing has changed.
     """
 
+    # A scaler of gradients tells the step what it knows by setting these.
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
     # Hyperparameters of the rule that were given as tensors: groups keep the tensors themselves.
     _tensors: Mapping[str, Tensor] = {}
 
@@ -102,7 +122,19 @@ class Optimizer(torch.optim.Optimizer):
         strict: bool = False,
         maximize: bool = False,
         on_nonfinite: OnNonfinite = "propagate",
+        fused: bool | None = None,
+        precision: Precision = "auto",
+        rounding: Rounding = "nearest",
     ) -> None:
+        for name, value, known in (
+            ("fused", fused, (None, True, False)),
+            ("precision", precision, get_args(Precision)),
+            ("rounding", rounding, get_args(Rounding)),
+        ):
+            if not any(value is x or (isinstance(x, str) and value == x) for x in known):
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")
+        if fused is False and rounding != "nearest":
+            raise ValueError(f"rounding={rounding!r} needs kernels, and fused=False")
         if on_nonfinite not in ("propagate", "skip", "raise"):
             raise ValueError(
                 f"on_nonfinite={on_nonfinite!r} must be 'propagate', 'skip' or 'raise'"
@@ -120,6 +152,10 @@ class Optimizer(torch.optim.Optimizer):
         self._why: dict[Tensor, str] = {}
         self._recorder = Recorder()
         self.on_nonfinite: OnNonfinite = on_nonfinite
+        self.fused = fused
+        self.precision: Precision = precision
+        self.rounding: Rounding = rounding
+        self._forget_work()
         self.skipped_steps = 0
         for view in self._views.values():
             check_view(view)
@@ -129,6 +165,19 @@ class Optimizer(torch.optim.Optimizer):
         for pattern in self._views:
             if not any(fnmatch(name, pattern) for name in names):
                 raise ValueError(f"views={{{pattern!r}: ...}} matches no parameter; names: {names}")
+
+    def _forget_work(self) -> None:
+        """Drop what is kept between fused steps."""
+        self._works: dict[int, Work] = {}
+        self._buffers: dict[torch.device, Tensor] = {}
+        self._without_kernels = False
+
+    @property
+    def _products(self) -> torch.dtype:
+        """The dtype of matrix products in Newton-Schulz iterations of a float32 step."""
+        if self.precision == "auto":
+            return fast_precision(self.param_groups[0]["params"][0].device)
+        return getattr(torch, self.precision)
 
     @property
     def context(self) -> Context:
@@ -247,7 +296,7 @@ class Optimizer(torch.optim.Optimizer):
         """Add a group of one rule and view; hyperparameters given as tensors stay the same ones."""
         for x, _ in members:
             # A shape that the rule's memories cannot have is refused here, not in the first step.
-            _seen(rule, x.tensor.shape, extra["seen_as"])
+            seen_of(rule, x.tensor.shape, extra["seen_as"])
         cls, values = type(rule), _values(rule)
         values |= {k: v for k, v in given.items() if isinstance(v, Tensor)}
         full = f"{cls.__module__}.{cls.__qualname__}"
@@ -292,21 +341,26 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
+            if self.found_inf is not None and bool(self.found_inf):
+                return loss
             norm = _Norm(p.grad for g in self.param_groups for p in g["params"])
-            batches = [x for i in range(len(self.param_groups)) for x in self._batches(i, norm)]
-            if self._finite(batches):
-                for batch in batches:
-                    self._run(batch)
+            groups = [self._group(i, norm) for i in range(len(self.param_groups))]
+            if self._finite(groups):
+                for group in groups:
+                    group.run()
                 self._recorder.used()
         return loss
 
-    def _finite(self, batches: Sequence[Batch]) -> bool:
+    def _finite(self, groups: Sequence[_Group]) -> bool:
         """Whether what must be finite is; counts the step as skipped, or raises, if not."""
-        needed = {p: batch.seen.context for batch in batches for p in batch.params}
-        for i, group in enumerate(self.param_groups):
-            for j, p in enumerate(group["params"]):
-                values = {k: self.context[p][k] for k in needed.get(p, ())}
-                if self.on_nonfinite != "propagate" and p.grad is not None:
+        for i, stepped in enumerate(groups):
+            if self.on_nonfinite == "propagate" and not stepped.context:
+                continue
+            for j, p in enumerate(self.param_groups[i]["params"]):
+                if p.grad is None:
+                    continue
+                values = {k: self.context[p][k] for k in stepped.context if p in self.context}
+                if self.on_nonfinite != "propagate":
                     values["gradient"] = p.grad
                 for what, value in values.items():
                     if bool(value.isfinite().all()):
@@ -347,18 +401,74 @@ class Optimizer(torch.optim.Optimizer):
                 )
             raise ValueError(hint) from None
 
-    def _batches(self, i: int, norm: _Norm) -> list[Batch]:
-        """What to run for a group; changes nothing."""
+    def _group(self, i: int, norm: _Norm) -> _Group:
+        """All that the step of a group needs; changes nothing."""
         group = self.param_groups[i]
         cls = self._rules[group["rule"]]
         values = {k: _host(group[k], k) for k in hints(cls)}
         rule = _instance(cls, values)
+        scalars: dict[str, Any] = rule.scalars(**values)
+        scale = self.grad_scale
+        if scale is not None:
+            scalars["inverse_scale"] = 1.0 / float(scale)
+        gradients = [p.grad for p in group["params"]]
+        context = rule.context((1, 1))
+        if context:
+            for position, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    seen = seen_of(rule, p.shape, group["seen_as"])
+                    self._check_context(rule, p, seen, self._name(i, position))
+        work, rest = self._fused(i, rule, gradients)
+        batches = self._batches(i, rule, scalars, norm, rest)
+        moments = [] if work is None else work.moments(self.state)
+        if work is not None:
+            try:
+                work.prepare(moments, self.state)
+            except native.Unavailable as error:
+                self._unavailable(error)
+                return self._group(i, norm)
+            if work.reads_norm(moments):
+                scalars["gradient_norm"] = float(norm.on(torch.device("cpu")))
+                scalars["gradient_norm"] *= scalars.get("inverse_scale", 1.0)
+        return _Group(self, i, [*context], batches, work, moments, scalars, gradients)
+
+    def _unavailable(self, error: Exception) -> None:
+        """Take the plain path from now on, or raise where kernels were asked for."""
+        if self.fused:
+            raise RuntimeError(f"fused=True: {error}") from error
+        say_once(f"deepopt takes the plain path, which is slower: {error}")
+        self._without_kernels = True
+
+    def _fused(
+        self, i: int, rule: Rule, gradients: Sequence[Tensor | None]
+    ) -> tuple[Work | None, Sequence[int]]:
+        """The work of a group that kernels do, and the positions that are left."""
+        group = self.param_groups[i]
+        if self.fused is False or self._without_kernels:
+            return None, range(len(gradients))
+        how = How(bool(self.fused), self._products, self.rounding)
+        scaled = self.grad_scale is not None
+        work = self._works.get(i)
+        if work is None or not work.fits(group, rule, gradients, scaled, how, self.state):
+            work = Work(group, rule, gradients, scaled, how, lambda j: self._name(i, j))
+            self._works[i] = work
+        return (work if work.params else None), work.rest
+
+    def _batches(
+        self,
+        i: int,
+        rule: Rule,
+        scalars: Mapping[str, Any],
+        norm: _Norm,
+        positions: Sequence[int],
+    ) -> list[Batch]:
+        """What the plain path is to run for a group; changes nothing."""
+        group = self.param_groups[i]
         view, maximize = group["seen_as"], group["maximize"]
-        scalars = rule.scalars(**values)
-        seen_by_shape: dict[torch.Size, Seen] = {}
         ticking: dict[tuple[int, int], frozenset[str]] = {}
         members: dict[tuple[Any, ...], list[Tensor]] = {}
-        for position, p in enumerate(group["params"]):
+        for position in positions:
+            p = group["params"][position]
             if p.grad is None:
                 continue
             if p.grad.layout is not torch.strided:
@@ -366,11 +476,12 @@ class Optimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} does not support sparse gradients; "
                     f"{self._name(i, position)} has one (use sparse=False in its embedding)"
                 )
-            seen = seen_by_shape.get(p.shape)
-            if seen is None:
-                seen = seen_by_shape[p.shape] = _seen(rule, p.shape, view)
-            if seen.context:
-                self._check_context(rule, p, seen, self._name(i, position))
+            if self.rounding != "nearest" and p.dtype == torch.bfloat16:
+                raise RuntimeError(
+                    f"rounding={self.rounding!r} needs kernels, which cannot step "
+                    f"{self._name(i, position)}"
+                )
+            seen = seen_of(rule, p.shape, view)
             state = self.state[p] if p in self.state else {}
             step = int(state["step"]) + 1 if "step" in state else 1
             moment = (step, position if rule.stagger else 0)
@@ -390,23 +501,36 @@ class Optimizer(torch.optim.Optimizer):
                     run = _compiled(rule, seen.shape, ticks, dtype, device, len(part) > 1)
                     own: dict[str, Any] = {**scalars, "step": float(step)}
                     if "gradient_norm" in run.program.inputs:
-                        own["gradient_norm"] = norm.on(device)
+                        own["gradient_norm"] = norm.on(device) * own.get("inverse_scale", 1.0)
                     prepared[key] = run, run.scalars(own)
-                batches.append(Batch(*prepared[key], seen, part, maximize))
+                sign = -1.0 if maximize else 1.0
+                factor = sign * scalars.get("inverse_scale", 1.0)
+                batches.append(Batch(*prepared[key], seen, part, factor))
         return batches
 
-    def _run(self, batch: Batch) -> None:
+    def run_work(self, work: Work, group: _Group) -> None:
+        """Take the fused step of a group."""
+
+        def context(p: Tensor, name: str) -> Tensor:
+            return self.context[p][name].to(p.device, arithmetic(p.dtype)).contiguous()
+
+        key = (group.index, KEY)
+        work.run(
+            group.moments, self.state, group.scalars, group.gradients, context, key, self._buffers
+        )
+
+    def run_batch(self, batch: Batch) -> None:
         """Step parameters of one shape, one by one or stacked along a first axis."""
-        run, scalars, seen, params, maximize = batch
-        dtype = _arithmetic(params[0].dtype)
+        run, scalars, seen, params, factor = batch
+        dtype = arithmetic(params[0].dtype)
         for p in params:
-            self._remember(p, seen)
+            remember(p, self.state[p], seen)
             self.state[p]["step"] += 1
         states = [self.state[p] for p in params]
         gradients = [cast(Tensor, p.grad).to(dtype) for p in params]
         inputs = {
             "w": seen.gather([p.to(dtype) for p in params], seen.shape),
-            "g": seen.gather([-g for g in gradients] if maximize else gradients, seen.shape),
+            "g": seen.gather([factor * g if factor != 1 else g for g in gradients], seen.shape),
         }
         for name in run.program.inputs:
             if name in seen.memories:
@@ -430,21 +554,6 @@ class Optimizer(torch.optim.Optimizer):
                 # A memory that was overwritten in place is there already.
                 if stored.data_ptr() != value.data_ptr() or stored.dtype != value.dtype:
                     stored.copy_(value.expand(seen.stack(slot.shape)).reshape(stored.shape))
-
-    def _remember(self, p: Tensor, seen: Seen) -> None:
-        """Make the memories that a parameter does not have yet."""
-        state = self.state[p]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        for name, (slot, stored) in seen.memories.items():
-            if name in state:
-                continue
-            dtype = _arithmetic(p.dtype)
-            if stored == p.shape and slot.kind == "full":
-                state[name] = torch.full_like(p, slot.value, dtype=dtype)
-            else:
-                start = torch.from_numpy(slot.start()).to(p.device, dtype)
-                state[name] = start.expand(seen.stack(slot.shape)).reshape(stored).clone()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients, or set them to zero, and drop the Gram matrices recorded beside them."""
@@ -519,7 +628,7 @@ class Optimizer(torch.optim.Optimizer):
                 state = {k: v for k, v in saved.get(key, {}).items() if v is not None}
                 if not state:
                     continue
-                memories = _seen(rule, p.shape, mine["seen_as"]).memories
+                memories = seen_of(rule, p.shape, mine["seen_as"]).memories
                 shapes = {name: stored for name, (_, stored) in memories.items()}
                 what, names = self._name(i, j), set(state) - {"step"}
                 if set(shapes) - names or (names - set(shapes) and not ours[i]):
@@ -546,6 +655,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._forget_work()
         for group in self.param_groups:
             hyper = inspect.signature(self._rules[group["rule"]]).parameters
             for name, parameter in hyper.items():
@@ -559,44 +669,28 @@ class Batch(NamedTuple):
     scalars: list[Any]
     seen: Seen
     params: list[Tensor]
-    maximize: bool
+    factor: float
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """How a rule sees a parameter: `count` matrices of a shape, or (count 0) its own shape.
+class _Group:
+    """The step of a group, checked and ready to run."""
 
-    memories: the slot of each, and the shape that it is stored in: the parameter's own where it is
-    as large, else (count, *shape), without count where that is 1.
-    context: the shapes of what the rule needs beyond gradients.
-    """
+    owner: Optimizer
+    index: int
+    context: Sequence[str]
+    batches: Sequence[Batch]
+    work: Work | None
+    moments: Sequence[Moment]
+    scalars: Mapping[str, Any]
+    gradients: Sequence[Tensor | None]
 
-    count: int
-    shape: tuple[int, ...]
-    memories: dict[str, tuple[Slot, torch.Size]]
-    context: dict[str, tuple[int, ...]]
-
-    @property
-    def largest(self) -> int:
-        """The most numbers that a parameter, one of its memories or of its context has."""
-        slots = [slot.shape for slot, _ in self.memories.values()]
-        shapes = [self.shape, *slots, *self.context.values()]
-        return (self.count or 1) * max(map(prod, shapes))
-
-    def stack(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a parameter's memories of this shape each."""
-        return (self.count, *shape) if self.count else shape
-
-    def gather(self, tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
-        """What several parameters have of this shape each, along a first axis."""
-        parts = [x.reshape(self.stack(shape)) for x in tensors]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def part(self, value: Tensor, shape: tuple[int, ...], j: int) -> Tensor:
-        """The j-th parameter's part of a result; without a batch axis it is shared by all."""
-        if not self.count or value.ndim <= len(shape) or len(value) <= self.count:
-            return value
-        return value[j * self.count : (j + 1) * self.count]
+    def run(self) -> None:
+        """Take the step."""
+        if self.work is not None:
+            self.owner.run_work(self.work, self)
+        for batch in self.batches:
+            self.owner.run_batch(batch)
 
 
 class _Norm:
@@ -611,24 +705,10 @@ class _Norm:
         value = self._value
         if value is None:
             norm = torch.linalg.vector_norm
-            parts = [norm(g, dtype=_arithmetic(g.dtype)).to(device) for g in self._gradients]
+            parts = [norm(g, dtype=arithmetic(g.dtype)).to(device) for g in self._gradients]
             dtype = max((x.dtype for x in parts), key=lambda x: x.itemsize)
             value = self._value = norm(torch.stack([x.to(dtype) for x in parts]))
         return value.to(device)
-
-
-@lru_cache(maxsize=4096)
-def _seen(rule: Rule, shape: torch.Size, view: str) -> Seen:
-    count, traced = 0, canonical(shape)
-    if view:
-        count, *matrix = matrices(tuple(shape), view)
-        traced = tuple(matrix)
-    memories: dict[str, tuple[Slot, torch.Size]] = {}
-    for name, slot in rule.all_slots(traced).items():
-        batch = (count,) if count > 1 else ()
-        stored = shape if slot.shape == traced else torch.Size((*batch, *slot.shape))
-        memories[name] = slot, stored
-    return Seen(count, traced, memories, rule.context(traced))
 
 
 @lru_cache(maxsize=4096)
@@ -646,7 +726,7 @@ def _compiled(
     # A memory that this step only reads must survive it.
     written = [k for k in rule.all_slots(shape) if k in outputs]
     donate = ["w", "g", *written] if stacked else written
-    return Compiled(Program(outputs), Torch(_arithmetic(dtype), device), donate)
+    return Compiled(Program(outputs), Torch(arithmetic(dtype), device), donate)
 
 
 _instances: dict[tuple[Any, ...], Rule] = {}
@@ -661,11 +741,6 @@ def _instance(cls: type[Rule], values: Mapping[str, Any]) -> Rule:
     else:
         _instances[key] = cls(**values)
     return _instances[key]
-
-
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a step's arithmetic and state for parameters of this dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _host(value: Any, name: str) -> Any:
@@ -729,6 +804,11 @@ class Binding(Protocol, Generic[P]):
 
 
 _bound: dict[type[Rule], Any] = {}
+# The options of `Optimizer` that the classes of rules take too.
+SHARED = (
+    *("fallback", "views", "strict", "maximize", "on_nonfinite"),
+    *("fused", "precision", "rounding"),
+)
 
 
 def bind(rule: Callable[P, Rule], module: str | None = None) -> Binding[P]:
@@ -743,7 +823,7 @@ def bind(rule: Callable[P, Rule], module: str | None = None) -> Binding[P]:
     if cls in _bound:
         return _bound[cls]
     options = dict(inspect.signature(Optimizer.__init__).parameters)
-    shared = [options[k] for k in ("fallback", "views", "strict", "maximize", "on_nonfinite")]
+    shared = [options[k] for k in SHARED]
 
     def __init__(self: Any, params: Any, lr: Any = None, **given: Any) -> None:
         chosen = {x.name: given.pop(x.name) for x in shared if x.name in given}

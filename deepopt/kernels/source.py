@@ -1,0 +1,105 @@
+"""What the languages of kernels share: names of values, and expressions of nodes."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, TypeAlias
+
+from deepopt.expr import Expr
+from deepopt.kernels.plan import REDUCTIONS, Region, filling, is_literal
+
+# How a tensor is stored. "stochastic" and "exact" are bfloat16 weights: rounded at random so that
+# the mean is right, and with the 16 bits that bfloat16 lacks in a tensor of their own.
+Storage: TypeAlias = Literal["float64", "float32", "bfloat16", "float16", "stochastic", "exact"]
+BOOLEAN = frozenset({"less", "less_equal", "equal"})
+RESERVED = frozenset(
+    "auto break case char const default do double enum extern float goto inline int long register "
+    "restrict short signed sizeof static struct switch typedef union unsigned void volatile "
+    "i n lo hi at t tl entry BLOCK sums exp log sqrt tanh pow floor y0 y1 j0 j1 gamma".split()
+)
+LOW = "w low"
+
+
+def identifier(name: str) -> str:
+    """The name of a tensor as that of a variable."""
+    word = re.sub(r"\W", "_", name)
+    word = word if word[:1].isalpha() or word[:1] == "_" else f"_{word}"
+    taken = word in RESERVED or keyword.iskeyword(word) or re.fullmatch(r"[cxs]\d+", word)
+    return f"{word}_" if taken else word
+
+
+class Writer:
+    """Writes the nodes of one region.
+
+    storage: of each tensor. single_precision: whether the arithmetic is in float32, else float64.
+    comments: whether lines say where the rule has them; they do not in what is compiled, so that
+    what one rule shares with another is compiled once.
+    """
+
+    operations: Mapping[str, str] = {}
+    comment = "//"
+
+    def __init__(
+        self,
+        region: Region,
+        storage: Mapping[str, Storage],
+        single_precision: bool = True,
+        comments: bool = False,
+    ) -> None:
+        self.region = region
+        self.storage = dict(storage)
+        self.single_precision = single_precision
+        self.comments = comments
+        self.tensors = (*region.tensors, *([LOW] if "exact" in storage.values() else []))
+        self._names: dict[Expr, str] = {x: f"s{i}" for i, x in enumerate(region.reductions)}
+        self._names |= {x: identifier(name) for name, x in region.loads.items()}
+        self._names |= {x: f"c{i}" for i, x in enumerate(region.parameters)}
+        self._computed = 0
+
+    def literal(self, value: float) -> str:
+        """A number in the language."""
+        raise NotImplementedError
+
+    def name(self, x: Expr) -> str:
+        """The variable of a node."""
+        if x not in self._names:
+            self._names[x] = f"x{self._computed}"
+            self._computed += 1
+        return self._names[x]
+
+    def value(self, x: Expr) -> str:
+        """How a node is read where it is used."""
+        if x.op == "array" and x["kind"] == "full":
+            x = filling(x)
+        if is_literal(x):
+            value = x["value"]
+            assert isinstance(value, float)
+            return self.literal(value)
+        if x.op in BOOLEAN and x not in self._names:
+            return self.expression(x)
+        return self.name(x)
+
+    def expression(self, x: Expr) -> str:
+        """What a node is computed by."""
+        args = [self.value(arg) for arg in x.args]
+        if x.op == "where" and not (x.args[0].op in BOOLEAN and x.args[0].shape):
+            args[0] = f"({args[0]} != 0)"
+        if x.op == "array":
+            return self.value(x)
+        return self.spelled(x, args)
+
+    def spelled(self, x: Expr, args: Sequence[str]) -> str:
+        """The operation of a node on texts."""
+        return self.operations[x.op].format(*args)
+
+    def statements(self, nodes: Sequence[Expr]) -> Iterator[tuple[str, str, str]]:
+        """(variable, expression, comment) of the nodes that have a line of their own."""
+        for x in nodes:
+            known = x in self._names and (x.op in REDUCTIONS or x in self.region.loads.values())
+            if known or x.op in BOOLEAN or x.op == "array":
+                continue
+            expression = self.expression(x)
+            note = f"  {self.comment} {x.source}" if self.comments and x.source else ""
+            yield self.name(x), expression, note

@@ -1,0 +1,268 @@
+"""The fused step of one parameter group, kept from step to step while its tensors stay."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from operator import is_
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepopt.kernels.plan import plan
+from deepopt.rule import Rule, trace
+from torch_backend.fused import (
+    LOW_HALF,
+    STORAGE,
+    Call,
+    How,
+    Member,
+    Part,
+    build,
+    obstacle,
+    parts,
+    storages,
+)
+from torch_backend.kernels import native
+from torch_backend.seen import Seen, remember, seen_of
+
+# Sets of parts that a group keeps, one for each pattern of clocks and of steps taken.
+MOST_VARIANTS = 64
+_said: set[str] = set()
+
+
+# Which members step now, at which step, and the clocks of each.
+Moment = tuple[int, tuple[int, ...], tuple[frozenset[str], ...]]
+
+
+class Work:
+    """The parameters of a group that kernels step.
+
+    rest: the positions of those that the plain path has to take, although they have gradients.
+    Raises RuntimeError that names a parameter where kernels are required and cannot take it.
+    """
+
+    def __init__(
+        self,
+        group: Mapping[str, Any],
+        rule: Rule,
+        gradients: Sequence[Tensor | None],
+        scaled: bool,
+        how: How,
+        name: Callable[[int], str],
+    ) -> None:
+        self.rule = rule
+        self.how = how
+        self.scaled = scaled
+        self.maximize: bool = group["maximize"]
+        self.all = list(group["params"])
+        self.without = [g is None for g in gradients]
+        self.rest: list[int] = []
+        self.params: list[Tensor] = []
+        self.positions: list[int] = []
+        self.seen: list[Seen] = []
+        self.gradients: list[torch.dtype] = []
+        self.variants: dict[Any, list[Part]] = {}
+        # Filled by the first step, which makes the state.
+        self.states: list[dict[str, Any]] = []
+        self.kept: list[Tensor] = []
+        self.pointers: list[int] = []
+        always = rule.ticks(rule.every) | frozenset(rule.clocks())
+        live = [
+            (i, p, g)
+            for i, (p, g) in enumerate(zip(self.all, gradients, strict=True))
+            if g is not None
+        ]
+        shared = _sharing([p for _, p, _ in live])
+        for j, (position, p, g) in enumerate(live):
+            if not p.numel():
+                self.rest.append(position)
+                continue
+            seen = seen_of(rule, p.shape, group["seen_as"])
+            why = obstacle(p, plan(rule, seen.shape, always), not seen.count) or _unfit(g)
+            if j in shared:
+                why = why or "it shares memory with another parameter"
+            if why:
+                self._cannot(name(position), why)
+                self.rest.append(position)
+                continue
+            self.params.append(p)
+            self.positions.append(position)
+            self.seen.append(seen)
+            self.gradients.append(g.dtype)
+
+    def _cannot(self, name: str, why: str) -> None:
+        if self.how.required:
+            raise RuntimeError(f"fused=True cannot step {name}: {why}")
+        kind = why.split(" (")[0]
+        say_once(f"deepopt steps {name} by the plain path, which is slower: {why}", kind)
+
+    def fits(
+        self,
+        group: Mapping[str, Any],
+        rule: Rule,
+        gradients: Sequence[Tensor | None],
+        scaled: bool,
+        how: How,
+        state: Mapping[Tensor, dict[str, Any]],
+    ) -> bool:
+        """Whether this is still the work of a group: the same tensors at the same places."""
+        same = self.rule is rule and self.maximize == group["maximize"]
+        same = same and self.scaled == scaled and self.how == how
+        params = group["params"]
+        if not same or len(params) != len(self.all) or not all(map(is_, params, self.all)):
+            return False
+        if [g is None for g in gradients] != self.without:
+            return False
+        own = [gradients[i] for i in self.positions]
+        if [g.dtype for g in own if g is not None] != self.gradients:
+            return False
+        if not self.states:
+            return True
+        found = [state.get(p) for p in self.params]
+        if not all(map(is_, found, self.states)):
+            return False
+        tensors = [x for s in self.states for x in s.values()]
+        if len(tensors) + len(self.params) != len(self.kept):
+            return False
+        now = [*self.params, *tensors]
+        return all(map(is_, now, self.kept)) and list(map(_address, now)) == self.pointers
+
+    def moments(self, state: Mapping[Tensor, dict[str, Any]]) -> list[Moment]:
+        """The steps to take: parameters that have taken as many go together."""
+        everyone = tuple(range(len(self.params)))
+        if self.states:
+            least, greatest = native.counts(self._steps)
+            if least == greatest:
+                return [self._moment(int(least) + 1, everyone)]
+        groups: dict[int, list[int]] = {}
+        for i, p in enumerate(self.params):
+            taken = state[p].get("step", 0) if p in state else 0
+            groups.setdefault(int(taken) + 1, []).append(i)
+        return [self._moment(step, tuple(own)) for step, own in sorted(groups.items())]
+
+    def _moment(self, step: int, members: tuple[int, ...]) -> Moment:
+        if not self.rule.stagger:
+            return step, members, (self.rule.ticks(step),)
+        return step, members, tuple(self.rule.ticks(step, self.positions[i]) for i in members)
+
+    def _members(self, moment: Moment, states: Sequence[dict[str, Any]]) -> list[Member]:
+        _, members, ticks = moment
+        found: list[Member] = []
+        for j, i in enumerate(members):
+            p, seen, state = self.params[i], self.seen[i], states[i]
+            ticking = ticks[j] if len(ticks) > 1 else ticks[0]
+            whole = plan(self.rule, seen.shape, ticking, maximize=self.maximize, scaled=self.scaled)
+            storage = storages(p, self.gradients[i], state, whole, self.how)
+            found.append(Member(p, i, self.positions[i], state, seen, whole, storage))
+        return found
+
+    def prepare(self, moments: Sequence[Moment], state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Build the kernels that are missing. Raises native.Unavailable."""
+        for moment in moments:
+            if moment[1:] not in self.variants:
+                build(self._members(moment, [state.get(p, {}) for p in self.params]))
+
+    def reads_norm(self, moments: Sequence[Moment]) -> bool:
+        """Whether the norm of all gradients is among the scalars."""
+        ticks = {t for moment in moments for t in moment[2]}
+        return any("gradient_norm" in trace(self.rule, self.seen[0].shape, t).inputs for t in ticks)
+
+    def run(
+        self,
+        moments: Sequence[Moment],
+        state: Mapping[Tensor, dict[str, Any]],
+        scalars: Mapping[str, Any],
+        gradients: Sequence[Tensor | None],
+        context: Callable[[Tensor, str], Tensor],
+        key: tuple[int, int],
+        buffers: dict[torch.device, Tensor],
+    ) -> None:
+        """Take the steps. What `prepare` built is there."""
+        if not self.states:
+            self._adopt(state)
+        given: dict[str, list[Tensor]] = {}
+        given["g"] = [
+            _like(p, gradients[i]) for p, i in zip(self.params, self.positions, strict=True)
+        ]
+        for name in self.rule.context((1, 1)):
+            given[name] = [context(p, name) for p in self.params]
+        native.count(self._steps)
+        for moment in moments:
+            step = moment[0]
+            if moment[1:] not in self.variants:
+                if len(self.variants) >= MOST_VARIANTS:
+                    self.variants.clear()
+                self.variants[moment[1:]] = parts(self._members(moment, self.states))
+            for part in self.variants[moment[1:]]:
+                device = part.members[0].p.device
+                buffer = buffers.get(device)
+                if buffer is None or buffer.numel() < part.size:
+                    buffer = buffers[device] = torch.empty(
+                        part.size, dtype=torch.uint8, device=device
+                    )
+                part.run(Call(step, key, {**scalars, "step": float(step)}, given, buffer))
+
+    def _adopt(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Make what state there is not, lay it out as the parameters are, and note where it is."""
+        for p, seen in zip(self.params, self.seen, strict=True):
+            own = state[p]
+            remember(p, own, seen)
+            if self.how.rounding == "exact" and p.dtype == torch.bfloat16 and LOW_HALF not in own:
+                own[LOW_HALF] = torch.zeros_like(p, dtype=torch.int16)
+            for name, x in own.items():
+                if name != "step" and not _laid_out(x, p):
+                    like = p if x.shape == p.shape else x.contiguous()
+                    own[name] = torch.empty_like(like, dtype=x.dtype).copy_(x)
+        self.states = [state[p] for p in self.params]
+        self.kept = [*self.params, *(x for s in self.states for x in s.values())]
+        self.pointers = list(map(_address, self.kept))
+        self._steps = np.array([s["step"].data_ptr() for s in self.states], np.int64)
+
+
+_address = Tensor.data_ptr
+
+
+def _laid_out(x: Tensor, p: Tensor) -> bool:
+    """Whether a memory lies in the order of its parameter, or row by row."""
+    return x.stride() == p.stride() if x.shape == p.shape else x.is_contiguous()
+
+
+def _like(p: Tensor, g: Tensor | None) -> Tensor:
+    """A gradient, in the order of entries that its parameter has."""
+    assert g is not None
+    if g.stride() == p.stride():
+        return g
+    return torch.empty_like(p, dtype=g.dtype).copy_(g)
+
+
+def _unfit(g: Tensor) -> str:
+    if g.layout is not torch.strided or type(g) is not Tensor:
+        return f"its gradient is a {type(g).__name__} of layout {g.layout}"
+    return "" if g.dtype in STORAGE else f"its gradient's dtype is {g.dtype}"
+
+
+def _sharing(tensors: Sequence[Tensor]) -> set[int]:
+    """The places of tensors that share memory with another one before them."""
+    spans = sorted(
+        (x.data_ptr(), x.data_ptr() + x.numel() * x.element_size(), i)
+        for i, x in enumerate(tensors)
+        if x.numel()
+    )
+    found: set[int] = set()
+    reach, owner = 0, -1
+    for start, end, i in spans:
+        if start < reach:
+            found.add(max(i, owner))
+        if end > reach:
+            reach, owner = end, i
+    return found
+
+
+def say_once(text: str, kind: str = "") -> None:
+    """Warn of each kind of thing once in a process."""
+    if (kind or text) not in _said:
+        _said.add(kind or text)
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
