@@ -37,6 +37,7 @@ def with_spectrum(m, n, spectrum):
     values = {
         "gaussian": torch.linalg.svdvals(gaussian(m, n)),
         "1/k": 1 / (k + 1),
+        "three orders": 10 ** (-3 * k / max(min(m, n) - 1, 1)),
         "six orders": 10 ** (-6 * k / max(min(m, n) - 1, 1)),
         "rank one": (k == 0).double(),
     }
@@ -208,6 +209,22 @@ def test_blocks_of_a_triangle_are_the_whole(shape, monkeypatch):
         # Rounding at singular values below its own size is not the blocks' to mend.
         assert distance(found, whole) < 4 * distance(plain, whole)
         assert band(found)[1] < 1.4
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 16])
+def test_mirrored_products_do_not_make_singular_values_explode(blocks, monkeypatch):
+    monkeypatch.setattr(kernel, "BLOCKED", {2: {blocks: 8}})
+    x = with_spectrum(128, 512, "three orders").float()
+    arguments = {"coefficients": "polar_express", "precision": torch.bfloat16}
+    assert band(newton_schulz(x, steps=8, **arguments))[1] < 1.05
+    assert cosine(newton_schulz(x, **arguments), polar(x)) > 0.943
+
+
+def test_float64_is_in_the_standard_form_of_the_definition(monkeypatch):
+    x = gaussian(4, 30)
+    found = newton_schulz(x)
+    monkeypatch.setattr(kernel, "GRAM_ASPECT", float("inf"))
+    assert torch.equal(found, newton_schulz(x))
 
 
 def test_the_fast_precision_is_what_the_device_multiplies(monkeypatch):
