@@ -39,9 +39,9 @@ from deepopt.rule import (
 )
 from deepopt.rules import DESCENT, SGD, AdamW, AMSGrad
 from torch_backend.algebra import Compiled, Torch
-from torch_backend.fused import How, Rounding
+from torch_backend.compiled import announces_itself, handle, trace_step
+from torch_backend.fused import How, Precision, Rounding
 from torch_backend.kernels import native
-from torch_backend.kernels.newton_schulz import fast_precision
 from torch_backend.layers import Context, Recorder, layers_of
 from torch_backend.routing import (
     Named,
@@ -53,10 +53,9 @@ from torch_backend.routing import (
     route,
 )
 from torch_backend.seen import Seen, arithmetic, remember, seen_of
-from torch_backend.work import Moment, Work, say_once
+from torch_backend.work import Moment, Work, lay_out, say_once
 
 P = ParamSpec("P")
-Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Parameters: TypeAlias = nn.Module | Iterable[Any]
 OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
 
@@ -171,13 +170,6 @@ class Optimizer(torch.optim.Optimizer):
         self._works: dict[int, Work] = {}
         self._buffers: dict[torch.device, Tensor] = {}
         self._without_kernels = False
-
-    @property
-    def _products(self) -> torch.dtype:
-        """The dtype of matrix products in Newton-Schulz iterations of a float32 step."""
-        if self.precision == "auto":
-            return fast_precision(self.param_groups[0]["params"][0].device)
-        return getattr(torch, self.precision)
 
     @property
     def context(self) -> Context:
@@ -328,6 +320,7 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"{what} appears more than once; give each parameter once")
             present.add(id(x.tensor))
 
+    @announces_itself
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns the closure's loss.
 
@@ -341,15 +334,37 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            if self.found_inf is not None and bool(self.found_inf):
-                return loss
-            norm = _Norm(p.grad for g in self.param_groups for p in g["params"])
-            groups = [self._group(i, norm) for i in range(len(self.param_groups))]
-            if self._finite(groups):
-                for group in groups:
-                    group.run()
-                self._recorder.used()
+            if torch.compiler.is_dynamo_compiling():
+                trace_step(self)
+            else:
+                self.take_step()
         return loss
+
+    def take_step(self) -> None:
+        """The step itself, without hooks."""
+        self._opt_called = True
+        if self.found_inf is not None and bool(self.found_inf):
+            return
+        norm = _Norm(p.grad for g in self.param_groups for p in g["params"])
+        groups = [self._group(i, norm) for i in range(len(self.param_groups))]
+        if self._finite(groups):
+            for group in groups:
+                group.run()
+            self._recorder.used()
+
+    @torch.compiler.assume_constant_result
+    def entered(self, places: tuple[int, ...]) -> int:
+        """Make the state of the parameters at these places of all groups'; the `handle`.
+
+        The compiler calls this as it traces, so that the state is there in the first graph.
+        """
+        everyone = [(p, group) for group in self.param_groups for p in group["params"]]
+        for p, group in (everyone[i] for i in places):
+            cls = self._rules[group["rule"]]
+            rule = _instance(cls, {k: _host(group[k], k) for k in hints(cls)})
+            seen = seen_of(rule, p.shape, group["seen_as"])
+            lay_out(p, self.state[p], seen, self.rounding)
+        return handle(self)
 
     def _finite(self, groups: Sequence[_Group]) -> bool:
         """Whether what must be finite is; counts the step as skipped, or raises, if not."""
@@ -446,7 +461,7 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[i]
         if self.fused is False or self._without_kernels:
             return None, range(len(gradients))
-        how = How(bool(self.fused), self._products, self.rounding)
+        how = How(bool(self.fused), self.precision, self.rounding)
         scaled = self.grad_scale is not None
         work = self._works.get(i)
         if work is None or not work.fits(group, rule, gradients, scaled, how, self.state):

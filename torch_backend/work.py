@@ -20,6 +20,7 @@ from torch_backend.fused import (
     How,
     Member,
     Part,
+    Rounding,
     build,
     obstacle,
     parts,
@@ -77,7 +78,8 @@ class Work:
         ]
         shared = _sharing([p for _, p, _ in live])
         for j, (position, p, g) in enumerate(live):
-            if not p.numel():
+            # The plain path refuses sparse gradients, and an empty tensor needs no kernel.
+            if not p.numel() or g.layout is not torch.strided:
                 self.rest.append(position)
                 continue
             seen = seen_of(rule, p.shape, group["seen_as"])
@@ -206,20 +208,24 @@ class Work:
                 part.run(Call(step, key, {**scalars, "step": float(step)}, given, buffer))
 
     def _adopt(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Make what state there is not, lay it out as the parameters are, and note where it is."""
+        """Make what state there is not, and note where it is."""
         for p, seen in zip(self.params, self.seen, strict=True):
-            own = state[p]
-            remember(p, own, seen)
-            if self.how.rounding == "exact" and p.dtype == torch.bfloat16 and LOW_HALF not in own:
-                own[LOW_HALF] = torch.zeros_like(p, dtype=torch.int16)
-            for name, x in own.items():
-                if name != "step" and not _laid_out(x, p):
-                    like = p if x.shape == p.shape else x.contiguous()
-                    own[name] = torch.empty_like(like, dtype=x.dtype).copy_(x)
+            lay_out(p, state[p], seen, self.how.rounding)
         self.states = [state[p] for p in self.params]
         self.kept = [*self.params, *(x for s in self.states for x in s.values())]
         self.pointers = list(map(_address, self.kept))
         self._steps = np.array([s["step"].data_ptr() for s in self.states], np.int64)
+
+
+def lay_out(p: Tensor, own: dict[str, Any], seen: Seen, rounding: Rounding) -> None:
+    """Make what state a parameter does not have, and lay it out as the parameter is."""
+    remember(p, own, seen)
+    if rounding == "exact" and p.dtype == torch.bfloat16 and LOW_HALF not in own:
+        own[LOW_HALF] = torch.zeros_like(p, dtype=torch.int16)
+    for name, x in own.items():
+        if name != "step" and not _laid_out(x, p):
+            like = p if x.shape == p.shape else x.contiguous()
+            own[name] = torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 _address = Tensor.data_ptr
@@ -239,8 +245,8 @@ def _like(p: Tensor, g: Tensor | None) -> Tensor:
 
 
 def _unfit(g: Tensor) -> str:
-    if g.layout is not torch.strided or type(g) is not Tensor:
-        return f"its gradient is a {type(g).__name__} of layout {g.layout}"
+    if type(g) is not Tensor:
+        return f"its gradient is a {type(g).__name__}, not a plain tensor"
     return "" if g.dtype in STORAGE else f"its gradient's dtype is {g.dtype}"
 
 
