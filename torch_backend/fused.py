@@ -18,12 +18,14 @@ from deepopt.kernels.c import C
 from deepopt.kernels.host import is_constant, scalar_function
 from deepopt.kernels.plan import Plan, Region
 from deepopt.kernels.source import LOW, Storage
+from deepopt.kernels.triton import Triton
 from torch_backend.algebra import Compiled, Torch
-from torch_backend.kernels import native
-from torch_backend.kernels.native import Array, Kernel
+from torch_backend.kernels import gpu, native
+from torch_backend.kernels.native import Array
 from torch_backend.seen import Seen, arithmetic
 
 Rounding: TypeAlias = Literal["nearest", "stochastic", "exact"]
+Kernel: TypeAlias = native.Kernel | gpu.Kernel
 STORAGE: dict[torch.dtype, Storage] = {
     torch.float64: "float64",
     torch.float32: "float32",
@@ -89,8 +91,9 @@ def obstacle(p: Tensor, plan: Plan, whole: bool) -> str:
 
     whole: the rule sees it in its own shape.
     """
-    if p.device.type != "cpu":
-        return f"it is on {p.device}; kernels run on the CPU"
+    if gpu.serves(p.device) or p.device.type != "cpu":
+        if why := gpu.obstacle(p.device.type):
+            return why
     if p.dtype not in STORAGE:
         return f"its dtype is {p.dtype}; kernels know {', '.join(STORAGE.values())}"
     if type(p) not in (Tensor, torch.nn.Parameter):
@@ -256,7 +259,7 @@ class _Kernels:
         for i, name in enumerate([*names, LOW][: len(kernel.tensors)]):
             held = [m.held(name) for m in part.members]
             if name in part.members[0].plan.constants:
-                arrays = [_constant(b, name) for b in part.buckets]
+                arrays = [_constant(b, name).to(part.members[0].p.device) for b in part.buckets]
                 self._constants += arrays
                 self.launch.table[i] = np.array([x.data_ptr() for x in arrays])[part.rows]
             elif held[0] is not None:
@@ -347,22 +350,28 @@ def build(members: Sequence[Member]) -> list[list[list[Kernel]]]:
 
     Raises native.Unavailable.
     """
-    written: dict[Any, list[list[C]]] = {}
-    keys = [(id(m.plan), tuple(m.storage.items())) for m in members]
+    written: dict[Any, list[list[C | Triton]]] = {}
+    keys = [(id(m.plan), tuple(m.storage.items()), m.p.device) for m in members]
     for m, key in zip(members, keys, strict=True):
         if key not in written:
             written[key] = [_written(m, stage) for stage in m.plan.stages]
-    every = [x for stages in written.values() for stage in stages for x in stage]
-    built = dict(zip(map(id, every), native.kernels(every), strict=True))
+    built: dict[int, Kernel] = {}
+    for device in dict.fromkeys(key[-1] for key in keys):
+        own = [x for key, stages in written.items() if key[-1] == device for s in stages for x in s]
+        if c := [x for x in own if isinstance(x, C)]:
+            built |= zip(map(id, c), native.kernels(c), strict=True)
+        if other := [x for x in own if isinstance(x, Triton)]:
+            built |= zip(map(id, other), gpu.kernels(other, device), strict=True)
     return [[[built[id(x)] for x in stage] for stage in written[key]] for key in keys]
 
 
-def _written(m: Member, stage: Sequence[Region] | Program) -> list[C]:
+def _written(m: Member, stage: Sequence[Region] | Program) -> list[C | Triton]:
     if isinstance(stage, Program):
         return []
     single = m.p.dtype != torch.float64
     storages = [{k: m.storage[k] for k in region.tensors} for region in stage]
-    return [C(r, s, single) for r, s in zip(stage, storages, strict=True)]
+    language = Triton if gpu.serves(m.p.device) else C
+    return [language(r, s, single) for r, s in zip(stage, storages, strict=True)]
 
 
 def parts(members: Sequence[Member]) -> list[Part]:
