@@ -7,6 +7,7 @@ import os
 import sys
 
 from deepopt.describe import describe, state_numbers, table
+from deepopt.kernels.show import kernels
 from deepopt.latex import latex
 from deepopt.rules import ALL
 
@@ -16,8 +17,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m deepopt", description=__doc__)
     parser.add_argument("command", nargs="?", choices=("list", "describe", "latex"), default="list")
     parser.add_argument("name", nargs="?", help="a rule, in any case: m3, adamw, ...")
+    parser.add_argument("--kernel", choices=("c", "triton"), help="describe: print its kernels")
     options = parser.parse_args(arguments)
     by_name = {cls.__name__.lower(): cls for cls in ALL}
+    if options.kernel and options.command != "describe":
+        parser.error("--kernel goes with describe: python -m deepopt describe m3 --kernel triton")
     if options.command == "list" and options.name is not None:
         parser.error(f"list takes no name; to see one rule: describe {options.name}")
     if options.command == "list":
@@ -37,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         known = ", ".join(by_name)
         print(f"deepopt: no rule is called {options.name!r}; there are {known}", file=sys.stderr)
         return 2
+    if options.kernel:
+        print(kernels(cls(), options.kernel))
+        return 0
     print(describe(cls()) if options.command == "describe" else latex(cls()))
     return 0
 

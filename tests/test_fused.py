@@ -1,16 +1,14 @@
 """The fused step equals the plain one, for every rule, and touches nothing else."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from math import prod
-
 import numpy as np
 import pytest
 import torch
 from cases import CASES, Case, contexts, stream
 from torch import nn
 
-from deepopt import Rule, rules
+from deepopt import Memories, Retention, Rule, Slot, Time, Update, rules
+from deepopt.expr import Expr, absolute, max_, maximum, sign, sqrt, sum_
+from deepopt.functions import norm
 from torch_backend import Optimizer
 
 STEPS = 50
@@ -109,3 +107,204 @@ def near(x: torch.Tensor, y: torch.Tensor, tolerance: float, what: str) -> None:
     error = float((a - b)[known].abs().max()) if known.any() else 0.0
     scale = max(float(a[known].abs().max()), 1e-30) if known.any() else 1.0
     assert error <= tolerance * scale, f"{what} of shape {tuple(x.shape)}: {error / scale:.3g}"
+
+
+# Rounding of narrow weights
+
+
+def bfloat16_step(rounding: str, update: float, steps: int = 1, size: int = 1 << 14):
+    p = nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
+    optimizer = Optimizer([p], rules.SGD(lr=1.0), fused=True, rounding=rounding)
+    for _ in range(steps):
+        p.grad = torch.full_like(p, -update)
+        optimizer.step()
+    return p.detach().float(), optimizer
+
+
+def test_stochastic_rounding_keeps_the_mean():
+    """A quarter of the distance to the next number, which rounding to nearest would not see."""
+    quarter = 2.0**-9
+    assert torch.equal(bfloat16_step("nearest", quarter)[0], torch.ones(1 << 14))
+    p, _ = bfloat16_step("stochastic", quarter)
+    assert set(p.tolist()) == {1.0, 1.0 + 2.0**-7}
+    # Four standard errors of a share of a quarter.
+    share = float((p > 1).float().mean())
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / p.numel()) ** 0.5
+    # Neighbours, steps, tensors and groups have draws of their own; a repeat has the same.
+    assert torch.equal(p, bfloat16_step("stochastic", quarter)[0])
+    twice = bfloat16_step("stochastic", quarter, steps=2)[0]
+    both = float(((p > 1) & (twice > 1 + 2.0**-7)).float().mean())
+    assert abs(both - 1 / 16) < 0.02
+    assert abs(float(((p > 1)[1:] & (p > 1)[:-1]).float().mean()) - 1 / 16) < 0.02
+    one, two = (nn.Parameter(torch.ones(1 << 14, dtype=torch.bfloat16)) for _ in range(2))
+    one.grad = two.grad = torch.full_like(one, -quarter)
+    Optimizer([one, two], rules.SGD(lr=1.0), fused=True, rounding="stochastic").step()
+    assert abs(float(((one > 1) & (two > 1)).float().mean()) - 1 / 16) < 0.02
+
+
+def test_stochastic_rounding_leaves_what_is_not_finite():
+    p = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.bfloat16))
+    p.grad = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0], dtype=torch.bfloat16)
+    Optimizer([p], rules.SGD(lr=1.0), fused=True, rounding="stochastic").step()
+    assert p[0].isnan() and p[1] == -float("inf") and p[2] == float("inf") and p[3] == 4.0
+
+
+@pytest.mark.parametrize("rule", [rules.AdamW(lr=1e-3), rules.M3(lr=1e-3, period=3)])
+def test_exact_rounding_is_a_float32_master(rule):
+    torch.manual_seed(0)
+    start = torch.randn(33, 17).to(torch.bfloat16)
+    narrow, wide = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    one = Optimizer([narrow], rule, fused=True, rounding="exact", precision="float32")
+    two = Optimizer([wide], rule, fused=True, precision="float32")
+    for _ in range(30):
+        narrow.grad = torch.randn(33, 17).to(torch.bfloat16)
+        wide.grad = narrow.grad.float()
+        one.step()
+        two.step()
+        low = one.state[narrow]["low_half"]
+        bits = wide.detach().view(torch.int32)
+        assert torch.equal(low, (bits & 0xFFFF).to(torch.int32).to(torch.int16))
+        assert torch.equal(
+            narrow.detach().view(torch.int16), ((bits + 0x8000) >> 16).to(torch.int16)
+        )
+    near(wide, narrow, 2.0**-8, "weights")
+
+
+def test_other_rounding_goes_through_a_checkpoint():
+    torch.manual_seed(0)
+    runs = []
+    for stop in (None, 5):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(9, 4).to(torch.bfloat16))
+        for rounding in ("stochastic", "exact"):
+            optimizer = Optimizer([p], rules.AdamW(lr=1e-2), fused=True, rounding=rounding)
+            for i in range(10):
+                if i == stop:
+                    saved = optimizer.state_dict()
+                    optimizer = Optimizer([p], rules.AdamW(lr=1e-2), fused=True, rounding=rounding)
+                    optimizer.load_state_dict(saved)
+                p.grad = torch.randn(9, 4).to(torch.bfloat16)
+                optimizer.step()
+        runs.append(p.detach().clone())
+    assert torch.equal(*runs)
+
+
+# What changes between steps
+
+
+def test_what_changes_between_steps_is_seen():
+    """Gradients that come and go, state and weights that are replaced, values that are edited."""
+    torch.manual_seed(0)
+    shapes = [(5, 3), (4, 4), (7,), (5, 3)]
+    starts = [torch.randn(s) for s in shapes]
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        params = [nn.Parameter(x.clone()) for x in starts]
+        optimizer = Optimizer(params, rules.AdamW(lr=1e-2), fused=fused)
+        for i in range(24):
+            for j, p in enumerate(params):
+                g = torch.randn(p.shape)
+                p.grad = None if (i + j) % 5 == 0 else g
+            if i == 6:
+                params[0].data = params[0].data.clone()
+            if i == 8:
+                name = "exp_avg"
+                optimizer.state[params[1]][name] = optimizer.state[params[1]][name].clone()
+            if i == 10:
+                optimizer.state[params[1]]["step"] += 3
+            if i == 12:
+                optimizer.param_groups[0]["lr"] = 3e-3
+                optimizer.param_groups[0]["betas"] = (0.8, 0.95)
+            if i == 14:
+                optimizer.param_groups[0]["maximize"] = True
+            if i == 16:
+                optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": 0.1})
+                params = [p for g in optimizer.param_groups for p in g["params"]]
+            if i == 18:
+                del optimizer.state[params[2]]
+            if i == 20:
+                optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.step()
+        results.append(params)
+    for one, two in zip(*results, strict=True):
+        near(one, two, 1e-5, "weights")
+
+
+def test_a_step_leaves_gradients_alone():
+    for g in (torch.randn(4, 6), torch.randn(6, 4).t()):
+        p = nn.Parameter(torch.randn(4, 6))
+        p.grad, before = g, g.clone()
+        Optimizer([p], rules.M3(), fused=True, maximize=True).step()
+        assert p.grad is g and torch.equal(g, before)
+
+
+def test_tensors_in_one_order_of_axes_need_no_copy():
+    """A convolution's channels last, and a transposed matrix, for rules that go entry by entry."""
+    torch.manual_seed(0)
+    start = torch.randn(4, 3, 2, 5)
+    orders = [start.clone(), start.to(memory_format=torch.channels_last), start.permute(3, 1, 0, 2)]
+    gradients = torch.randn(6, 4, 3, 2, 5)
+    found = []
+    for i, x in enumerate(orders):
+        p = nn.Parameter(x)
+        optimizer = Optimizer([p], rules.AdamW(lr=0.1), fused=True)
+        for g in gradients:
+            p.grad = g if i < 2 else g.permute(3, 1, 0, 2)
+            optimizer.step()
+        assert optimizer.state[p]["exp_avg"].stride() == p.stride() == x.stride()
+        found.append(p.detach() if i < 2 else p.detach().permute(2, 1, 3, 0))
+    for other in found[1:]:
+        near(found[0], other, 1e-6, "weights")
+
+
+def test_gradients_of_another_precision():
+    p, q = (nn.Parameter(torch.ones(40)) for _ in range(2))
+    for x in (p, q):
+        x.grad_dtype = torch.bfloat16
+        x.grad = torch.linspace(-1, 1, 40).to(torch.bfloat16)
+    Optimizer([p], rules.AdamW(), fused=True).step()
+    Optimizer([q], rules.AdamW(), fused=False).step()
+    near(p, q, 1e-6, "weights")
+
+
+class UserRule(Rule):
+    """A rule of a user's own: a sign, a clock, a norm, and sums along rows.
+
+    Memory: one table. Source: this test.
+    """
+
+    retention: Retention = 0.9
+    domain = "matrix"
+
+    def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
+        return {"m": Slot(shape), "slow": Slot(shape, clock="c"), "size": Slot((1, 1))}
+
+    def clocks(self) -> dict[str, int]:
+        return {"c": 3}
+
+    def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+        m = self.retention * s["m"] + g / (1.0 + norm(g))
+        size = maximum(s["size"], max_(absolute(g)))
+        slow = t.when("c", s["slow"] + sign(m), s["slow"])
+        rows = sqrt(sum_(m * m, (-1,)) + 1e-6)
+        return m / rows + slow / size, {"m": m, "slow": slow, "size": size}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_rule_of_a_users_own_is_fused(dtype):
+    torch.manual_seed(0)
+    starts = [torch.randn(s).to(dtype) for s in ((6, 4), (1, 5), (5, 1), (1, 1))]
+    gradients = [[torch.randn_like(x) for x in starts] for _ in range(10)]
+    found = []
+    for fused in (False, True):
+        params = [nn.Parameter(x.clone()) for x in starts]
+        optimizer = Optimizer(params, UserRule(lr=0.01, weight_decay=0.1), fused=fused)
+        for step_gradients in gradients:
+            for p, g in zip(params, step_gradients, strict=True):
+                p.grad = g
+            optimizer.step()
+        found.append(params)
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2.0**-6}[dtype]
+    for one, two in zip(*found, strict=True):
+        near(one, two, tolerance, "weights")

@@ -216,7 +216,7 @@ def test_batches_keep_to_their_cap(monkeypatch):
         return real(tensors, *args)
 
     monkeypatch.setattr(torch_backend.optimizer, "BATCH", {"cpu": 3 * 16})
-    optimizer = torch_backend.Muon(parameters((4, 4), count=7))
+    optimizer = torch_backend.Muon(parameters((4, 4), count=7), fused=False)
     monkeypatch.setattr(torch, "cat", spy)
     run(optimizer, 0, 1)
     assert set(sizes) == {3}

@@ -569,8 +569,8 @@ def test_nothing_is_left_behind_in_the_model():
 
 def test_large_contexts_are_stacked_a_few_at_a_time():
     tall = [nn.Parameter(torch.ones(8, 600)) for _ in range(4)]
-    optimizer = Optimizer(tall, rules.DGD(lr=0.1))
+    optimizer = Optimizer(tall, rules.DGD(lr=0.1), fused=False)
     for p in tall:
         p.grad, optimizer.context[p]["gram"] = torch.ones(8, 600), torch.eye(600)
-    batches = optimizer._batches(0, None)
+    batches = optimizer._group(0, None).batches
     assert [len(batch.params) for batch in batches] == [1, 1, 1, 1]

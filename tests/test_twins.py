@@ -26,8 +26,9 @@ from deepopt import around, rules
 STEPS = 20
 SHAPES = [(6, 4), (4, 7), (5, 5)]
 TOLERANCE = 1e-6
-# torch's NAdam adds two terms to a weight, one after the other, and rounds twice as often.
-TWICE = ("NAdam", "NAdam, decoupled decay")
+# torch's NAdam adds two terms to a weight, one after the other, and rounds twice as often. Kernels
+# multiply by the inverse of a bias correction, which rounds once more.
+TWICE = ("NAdam", "NAdam, decoupled decay", "AdamW")
 
 
 def factor(step: int) -> float:

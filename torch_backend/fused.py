@@ -22,8 +22,10 @@ from deepopt.kernels.triton import Triton
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.kernels import gpu, native
 from torch_backend.kernels.native import Array
+from torch_backend.kernels.newton_schulz import fast_precision, newton_schulz
 from torch_backend.seen import Seen, arithmetic
 
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Rounding: TypeAlias = Literal["nearest", "stochastic", "exact"]
 Kernel: TypeAlias = native.Kernel | gpu.Kernel
 STORAGE: dict[torch.dtype, Storage] = {
@@ -45,8 +47,6 @@ class Batched(Torch):
     """The algebra of tensors with our own Newton-Schulz iteration."""
 
     def newton_schulz(self, x: Tensor, *, steps: int, coefficients: str) -> Tensor:
-        from torch_backend.kernels.newton_schulz import newton_schulz
-
         return newton_schulz(x, steps=steps, coefficients=coefficients)
 
 
@@ -107,11 +107,12 @@ def obstacle(p: Tensor, plan: Plan, whole: bool) -> str:
 class How:
     """How an optimizer wants its kernels.
 
-    required: raise where there are none. products: dtype of Newton-Schulz on a float32 step.
+    required: raise where there are none. precision: of the products of Newton-Schulz iterations on
+    a float32 step; "auto" is bfloat16 where the device multiplies that faster.
     """
 
     required: bool
-    products: torch.dtype
+    precision: Precision
     rounding: Rounding
 
 
@@ -121,7 +122,7 @@ def storages(
     """How each tensor of a plan is stored; memories that are not there yet are wide."""
     wide = STORAGE[arithmetic(p.dtype)]
     storage: dict[str, Storage] = dict.fromkeys((*plan.values, *plan.constants), wide)
-    if wide == "float32" and how.products == torch.bfloat16:
+    if wide == "float32" and _is_narrow(how.precision, p.device):
         storage |= dict.fromkeys(_orthogonalised(plan), "bfloat16")
     storage |= dict.fromkeys((k for r in plan.regions for k in r.tensors if k not in storage), wide)
     storage |= {k: STORAGE[x.dtype] for k, x in state.items() if k != "step" and x.dtype in STORAGE}
@@ -129,6 +130,11 @@ def storages(
     if p.dtype == torch.bfloat16 and how.rounding != "nearest":
         storage["w"] = how.rounding
     return storage
+
+
+def _is_narrow(precision: Precision, device: torch.device) -> bool:
+    narrow = torch.bfloat16
+    return precision == "bfloat16" or (precision == "auto" and fast_precision(device) == narrow)
 
 
 def _orthogonalised(plan: Plan) -> set[str]:
@@ -151,7 +157,8 @@ class Call:
     """What a step is given beside the tensors that stay: scalars, and tensors by member.
 
     key: of the random numbers that round weights, together with the step. addresses, stacks: of
-    the values that the stages have made so far, by entry and by bucket.
+    the values that the stages have made so far, by entry and by bucket. captured: kernels and
+    functions become a graph, before which the host sends what has changed.
     """
 
     step: int
@@ -159,6 +166,7 @@ class Call:
     scalars: Mapping[str, Any]
     given: Mapping[str, Sequence[Tensor]]
     buffer: Tensor
+    captured: bool = False
     addresses: dict[str, Array] = field(default_factory=dict)
     stacks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
@@ -282,11 +290,17 @@ class _Kernels:
     def run(self, call: Call) -> None:
         for i, name in self.changing:
             self.launch.table[i] = call.addresses[name]
+        if not call.captured:
+            self.send(call)
+        self.launch.start()
+
+    def send(self, call: Call) -> None:
+        """Send the kernel its addresses, and the scalars of a call."""
         rows, columns, which = self._places
         if rows:
             values = np.array(self._scalars(call.scalars), np.float64)
             self.launch.values[rows, columns] = values[which]
-        self.launch.run(call.step, call.key)
+        self.launch.send(call.step, call.key)
 
 
 class _Functions:

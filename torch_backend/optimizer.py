@@ -40,7 +40,7 @@ from deepopt.rule import (
 from deepopt.rules import DESCENT, SGD, AdamW, AMSGrad
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.compiled import announces_itself, handle, trace_step
-from torch_backend.fused import How, Precision, Rounding
+from torch_backend.fused import LOW_HALF, How, Precision, Rounding
 from torch_backend.kernels import native
 from torch_backend.layers import Context, Recorder, layers_of
 from torch_backend.routing import (
@@ -645,6 +645,8 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 memories = seen_of(rule, p.shape, mine["seen_as"]).memories
                 shapes = {name: stored for name, (_, stored) in memories.items()}
+                if self.rounding == "exact" and LOW_HALF in state:
+                    shapes[LOW_HALF] = p.shape
                 what, names = self._name(i, j), set(state) - {"step"}
                 if set(shapes) - names or (names - set(shapes) and not ours[i]):
                     raise ValueError(

@@ -42,7 +42,7 @@ class Seen:
         return (self.count, *shape) if self.count else shape
 
     def entry(self, name: str) -> tuple[int, ...]:
-        """The shape of one matrix's part of a tensor: the parameter's, a memory's or a context's."""
+        """The shape of one matrix's part of the parameter, of a memory or of a context."""
         if name in self.context:
             return self.context[name]
         return self.memories[name][0].shape if name in self.memories else self.shape

@@ -118,8 +118,8 @@ static inline void to_stochastic(uint16_t *restrict out, const float *restrict i
     for (int j = (int) ((at + i) % 4); j < 4 && i < n; j++, i++) {
       uint32_t bits;
       memcpy(&bits, in + i, 4);
-      const int finite = (bits & 0x7f800000) != 0x7f800000;
-      out[i] = (uint16_t) (in[i] != in[i] ? 0x7fc0 : (bits + (finite ? draw[j] & 0xffff : 0)) >> 16);
+      const uint32_t below = (bits & 0x7f800000) == 0x7f800000 ? 0 : draw[j] & 0xffff;
+      out[i] = (uint16_t) (in[i] != in[i] ? 0x7fc0 : (bits + below) >> 16);
     }
   }
 }

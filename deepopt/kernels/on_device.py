@@ -38,7 +38,7 @@ def _power(a, b):
     c = tl.where(b == 0, 1.0, c)
     odd = tl.floor(b * 0.5) != b * 0.5
     signed = tl.where(tl.floor(b) == b, tl.where(odd, -c, c), float("nan"))
-    return tl.where((a < 0) & (b != 0), signed, c)
+    return tl.where(a < 0, signed, c)
 
 
 @triton.jit

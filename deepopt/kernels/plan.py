@@ -353,8 +353,7 @@ class _Planner:
             roots = self._roots(due, needed, time)
             spaces: dict[int, dict[str, Expr]] = {}
             sizes = {
-                n: self.space.get(x, 0) if self._single(x) else x.size
-                for n, x in roots.items()
+                n: self.space.get(x, 0) if self._single(x) else x.size for n, x in roots.items()
             }
             for name, x in roots.items():
                 # What depends on no array at all goes along with the largest.

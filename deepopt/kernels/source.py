@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import keyword
+import linecache
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 from deepopt.expr import Expr
@@ -34,8 +38,8 @@ class Writer:
     """Writes the nodes of one region.
 
     storage: of each tensor. single_precision: whether the arithmetic is in float32, else float64.
-    comments: whether lines say where the rule has them; they do not in what is compiled, so that
-    what one rule shares with another is compiled once.
+    comments: whether lines quote those of the rule; they do not in what is compiled, so that what
+    one rule shares with another is compiled once.
     """
 
     operations: Mapping[str, str] = {}
@@ -96,10 +100,24 @@ class Writer:
 
     def statements(self, nodes: Sequence[Expr]) -> Iterator[tuple[str, str, str]]:
         """(variable, expression, comment) of the nodes that have a line of their own."""
+        said = ""
         for x in nodes:
             known = x in self._names and (x.op in REDUCTIONS or x in self.region.loads.values())
             if known or x.op in BOOLEAN or x.op == "array":
                 continue
             expression = self.expression(x)
-            note = f"  {self.comment} {x.source}" if self.comments and x.source else ""
+            note = ""
+            if self.comments and x.source and x.source != said:
+                note, said = f"  {self.comment} {_quoted(x.source)}", x.source
             yield self.name(x), expression, note
+
+
+@cache
+def _quoted(source: str) -> str:
+    """'file:line' with what stands there, if the file is that of a module."""
+    name, _, line = source.partition(":")
+    for module in list(sys.modules.values()):
+        path = getattr(module, "__file__", None) or ""
+        if Path(path).name == name:
+            return f"{source}  {linecache.getline(path, int(line)).strip()}"
+    return source

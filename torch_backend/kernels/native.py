@@ -59,7 +59,9 @@ def _machine() -> str:
         flags = ""
     path = Path(compiler()[0]).resolve()
     stamp = path.stat()
-    return f"{platform.machine()} {platform.processor()} {flags} {path} {stamp.st_size} {stamp.st_mtime_ns}"
+    return " ".join(
+        [platform.machine(), flags, str(path), str(stamp.st_size), str(stamp.st_mtime_ns)]
+    )
 
 
 @cache
@@ -292,11 +294,19 @@ class Launch:
 
     def run(self, step: int, key: tuple[int, int]) -> None:
         """Run the kernel at the addresses in `table` with the scalars in `values`."""
+        self.send(step, key)
+        self.start()
+
+    def send(self, step: int, key: tuple[int, int]) -> None:
+        """Tell the kernel the step and the key of its random numbers."""
+        self._given.key[:] = key
+        self._given.step = step
+
+    def start(self) -> None:
+        """Run the kernel with what was sent last."""
         given = self._given
         given.threads = threads = torch.get_num_threads()
         given.small = 4 if threads > 1 else 1 << 60
-        given.key[:] = key
-        given.step = step
         runtime().deepopt_run(ctypes.byref(given))
 
 
