@@ -7,6 +7,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -190,26 +191,37 @@ class Launch:
 
         found_inf: a float32 on the device; nothing is stored where it is not 0.
         """
+        self.send(step, key)
+        self.start(found_inf)
+
+    def send(self, step: int, key: tuple[int, int]) -> None:
+        """Send the device what has changed in `table` and `values`, and the step and the key."""
+        self._numbers[:3] = step, *key
+        with self._guard():
+            self._table.send()
+            self._given.send()
+
+    def start(self, found_inf: Tensor | None = None) -> None:
+        """Run the kernel with what was sent last."""
         if not self.chunks:
             return
-        self._numbers[:3] = step, *key
         found = self._never if found_inf is None else found_inf
         device = self.kernel.device
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._run(found, _processors(device) * GRAIN.programs)
-        else:
-            # Lanes behind the end of a tensor compute what nobody reads.
-            with np.errstate(all="ignore"):
-                self._run(found, 2)
+        with self._guard():
+            there = (self._table.there, self._given.there)
+            given = (*there, *self._arrays, self._partial, found)
+            grid = (min(_processors(device) * GRAIN.programs, self.chunks),)
+            for function in self.kernel.functions:
+                function[grid](*given, self.chunks, self.entries, **self._options)
 
-    def _run(self, found: Tensor, most: int) -> None:
-        given = (self._table.send(), self._given.send(), *self._arrays, self._partial, found)
-        for function in self.kernel.functions:
-            grid = (min(most, self.chunks),)
-            function[grid](*given, self.chunks, self.entries, **self._options)
+    def _guard(self) -> AbstractContextManager[Any]:
+        device = self.kernel.device
+        # In Python lanes behind the end of a tensor warn of what they compute for nobody.
+        return torch.cuda.device(device) if device.type == "cuda" else np.errstate(all="ignore")
 
 
 @cache
 def _processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
