@@ -10,7 +10,7 @@ import numpy as np
 
 from deepopt.algebra import Arrays, Program, constant_array, fold
 from deepopt.expr import Expr, Shape, symbol
-from deepopt.rule import Rule, check_hyperparameters, checked_rule, trace
+from deepopt.rule import Rule, check_hyperparameters, checked_rule, trace, turns
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -135,6 +135,7 @@ class Oracle:
         count = self.count + 1
         norm = np.sqrt(sum(np.sum(np.square(np.asarray(g, np.float64))) for g in gradients))
         shared = {**values, "step": float(count), "gradient_norm": norm}
+        turn = turns(shapes[0])
         result: list[Array] = []
         state: list[dict[str, Array]] = []
         for i, (w, g, s, c) in enumerate(
@@ -142,7 +143,7 @@ class Oracle:
         ):
             w = np.asarray(w, np.float64)
             shape = canonical(w.shape)
-            program = trace(rule, shape, rule.ticks(count, index=i))
+            program = trace(rule, shape, rule.ticks(count, index=turn[i]))
             inputs = {"w": w.reshape(shape), "g": np.asarray(g, np.float64).reshape(shape)}
             inputs |= {k: np.asarray(x, np.float64) for k, x in c.items()}
             bad = [k for k in c if not np.isfinite(inputs[k]).all()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
@@ -156,7 +156,7 @@ class Rule(_Frozen, ABC):
     weight_decay: fraction of w removed per unit of lr and step.
     decoupled: decay w itself; False adds weight_decay·w to the gradient, as in the first Adam.
     every: steps per update; the gradients in between are summed and the rule sees the sum.
-    stagger: shift slow clocks by the parameter's position, so that slow work spreads over steps.
+    stagger: shift slow clocks by the parameter's turn (`turns`): slow work spreads over steps.
     """
 
     lr: Rate = 1e-3
@@ -223,7 +223,7 @@ class Rule(_Frozen, ABC):
         return self.slots(shape) | extra
 
     def ticks(self, step: int, index: int = 0) -> frozenset[str]:
-        """The clocks that tick at the end of this step for the parameter at this position."""
+        """The clocks that tick at the end of this step for the parameter with this turn."""
         if step % self.every:
             return frozenset()
         phase = index if self.stagger else 0
@@ -265,6 +265,16 @@ class Rule(_Frozen, ABC):
         """This rule with other hyperparameters; names that are not fields are ignored."""
         known = {f.name for f in fields(self)}
         return replace(self, **{k: v for k, v in values.items() if k in known})
+
+
+def turns(shapes: Sequence[Shape]) -> list[int]:
+    """The turn of each parameter under `stagger`: the costly first, then by position.
+
+    Dealt out over the steps of a period like cards, they leave every step about as much slow work.
+    """
+    costs = [math.prod(shape) * min(shape, default=1) for shape in shapes]
+    order = sorted(range(len(shapes)), key=lambda i: -costs[i])
+    return [turn for _, turn in sorted(zip(order, range(len(order)), strict=True))]
 
 
 @cache

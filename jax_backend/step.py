@@ -17,7 +17,7 @@ import optax
 from deepopt.algebra import Program
 from deepopt.expr import Shape, as_expr, symbol
 from deepopt.oracle import canonical
-from deepopt.rule import Rule, trace
+from deepopt.rule import Rule, trace, turns
 from jax_backend.algebra import Jax
 from jax_backend.together import Part, run
 
@@ -159,9 +159,10 @@ class Stepper:
         """The positions of the leaves whose clocks tick together, by their shift in updates."""
         cycle = lcm(*self.rule.clocks().values()) if self.rule.stagger else 1
         phases: dict[int, list[int]] = {}
+        turn = turns([jnp.shape(g) if w is None else jnp.shape(w) for w, g, _ in leaves])
         for i, (_, g, _) in enumerate(leaves):
             if g is not None and jnp.size(g):
-                phases.setdefault(i % cycle, []).append(i)
+                phases.setdefault(turn[i] % cycle, []).append(i)
         return phases
 
     def _variant(self, count: Any, phase: int) -> tuple[list[frozenset[str]], Any]:

@@ -1,5 +1,6 @@
 """What a rule may say, and the errors for what it may not."""
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -20,7 +21,7 @@ from deepopt import (
     rules,
 )
 from deepopt.expr import where
-from deepopt.rule import trace
+from deepopt.rule import trace, turns
 from jax_backend import scale_by_rule, transform
 
 
@@ -226,6 +227,22 @@ def test_the_oracle_refuses_and_keeps_its_state():
         Oracle(rules.M3(), [np.ones(3)])
     with pytest.raises(ValueError, match=r"parameter 0 has shape \(2, 3, 4\)"):
         Oracle(rules.M3(), [np.ones((2, 3, 4))])
+
+
+def test_slow_work_is_dealt_out_by_its_cost():
+    layer = [(2048, 2048), (512, 2048), (512, 2048), (2048, 2048), *[(8192, 2048)] * 3]
+    shapes = layer * 16
+    turn = turns(shapes)
+    assert sorted(turn) == list(range(len(shapes)))
+    assert turns([(3, 3), (5,), (), (2, 2), (3, 3)]) == [0, 2, 4, 3, 1]
+
+    def spread(place: Sequence[int]) -> float:
+        load = [0.0] * 10
+        for i, (rows, columns) in enumerate(shapes):
+            load[place[i] % 10] += rows * columns * min(rows, columns)
+        return max(load) / min(load)
+
+    assert spread(turn) < 1.16 < spread(range(len(shapes)))
 
 
 def test_ticks_are_at_the_ends_of_periods_and_staggered_by_position():

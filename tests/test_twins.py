@@ -195,7 +195,9 @@ def newton_schulz(g, coefficients, steps, eps):
 def test_muon_of_torch(monkeypatch, scale, name, nesterov):
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", newton_schulz)
     options = {"weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov}
-    mine = torch_path(lambda p: torch_backend.Muon(p, 0.03, scale=scale, precision="float32", **options))
+    mine = torch_path(
+        lambda p: torch_backend.Muon(p, 0.03, scale=scale, precision="float32", **options)
+    )
     twin = torch_path(lambda p: torch.optim.Muon(p, 0.03, adjust_lr_fn=name, **options))
     assert difference(mine, twin) <= TOLERANCE
 
@@ -204,7 +206,10 @@ def test_a_checkpoint_of_torchs_muon_continues_equal(monkeypatch):
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", newton_schulz)
     weights, gradients = inputs()
     one, two = ([nn.Parameter(torch.tensor(w)) for w in weights] for _ in range(2))
-    twin, mine = torch.optim.Muon(one, 0.03, ns_steps=4), torch_backend.Muon(two, precision="float32")
+    twin, mine = (
+        torch.optim.Muon(one, 0.03, ns_steps=4),
+        torch_backend.Muon(two, precision="float32"),
+    )
     for step, several in enumerate(gradients):
         for p, q, g in zip(one, two, several, strict=True):
             p.grad, q.grad = torch.tensor(g), torch.tensor(g)

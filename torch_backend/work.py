@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deepopt.kernels.plan import plan
-from deepopt.rule import Rule, trace
+from deepopt.rule import Rule, trace, turns
 from torch_backend.fused import (
     LOW_HALF,
     STORAGE,
@@ -26,6 +26,7 @@ from torch_backend.fused import (
     parts,
     storages,
 )
+from torch_backend.graphs import Capture, Graph
 from torch_backend.kernels import native
 from torch_backend.seen import Seen, remember, seen_of
 
@@ -65,7 +66,10 @@ class Work:
         self.positions: list[int] = []
         self.seen: list[Seen] = []
         self.gradients: list[torch.dtype] = []
+        self._turns = turns([p.shape for p in self.all])
         self.variants: dict[Any, list[Part]] = {}
+        self.graphs: dict[Part, Graph] = {}
+        self.copies: dict[int, Tensor] = {}
         # Filled by the first step, which makes the state.
         self.states: list[dict[str, Any]] = []
         self.kept: list[Tensor] = []
@@ -148,14 +152,15 @@ class Work:
     def _moment(self, step: int, members: tuple[int, ...]) -> Moment:
         if not self.rule.stagger:
             return step, members, (self.rule.ticks(step),)
-        return step, members, tuple(self.rule.ticks(step, self.positions[i]) for i in members)
+        turn = [self._turns[self.positions[i]] for i in members]
+        return step, members, tuple(self.rule.ticks(step, x) for x in turn)
 
     def _members(self, moment: Moment, states: Sequence[dict[str, Any]]) -> list[Member]:
         _, members, ticks = moment
         found: list[Member] = []
         for j, i in enumerate(members):
             p, seen, state = self.params[i], self.seen[i], states[i]
-            ticking = ticks[j] if len(ticks) > 1 else ticks[0]
+            ticking = ticks[j % len(ticks)]
             whole = plan(self.rule, seen.shape, ticking, maximize=self.maximize, scaled=self.scaled)
             storage = storages(p, self.gradients[i], state, whole, self.how)
             found.append(Member(p, i, self.positions[i], state, seen, whole, storage))
@@ -166,6 +171,12 @@ class Work:
         for moment in moments:
             if moment[1:] not in self.variants:
                 build(self._members(moment, [state.get(p, {}) for p in self.params]))
+
+    def moved(self, moments: Sequence[Moment], gradients: Sequence[Tensor | None]) -> list[int]:
+        """The positions whose gradients are not where the graphs to be replayed read them."""
+        due = [part for moment in moments for part in self.variants.get(moment[1:], ())]
+        graphs = [self.graphs[part] for part in due if part in self.graphs]
+        return [i for graph in graphs for i in graph.moved(gradients)]
 
     def reads_norm(self, moments: Sequence[Moment]) -> bool:
         """Whether the norm of all gradients is among the scalars."""
@@ -181,14 +192,14 @@ class Work:
         context: Callable[[Tensor, str], Tensor],
         key: tuple[int, int],
         buffers: dict[torch.device, Tensor],
+        capture: Capture | None,
     ) -> None:
-        """Take the steps. What `prepare` built is there."""
+        """Take the steps, as graphs where a capture is given. What `prepare` built is there."""
         if not self.states:
             self._adopt(state)
         given: dict[str, list[Tensor]] = {}
-        given["g"] = [
-            _like(p, gradients[i]) for p, i in zip(self.params, self.positions, strict=True)
-        ]
+        fixed = capture is not None
+        given["g"] = [self._like(j, gradients[i], fixed) for j, i in enumerate(self.positions)]
         for name in self.rule.context((1, 1)):
             given[name] = [context(p, name) for p in self.params]
         native.count(self._steps)
@@ -197,6 +208,7 @@ class Work:
             if moment[1:] not in self.variants:
                 if len(self.variants) >= MOST_VARIANTS:
                     self.variants.clear()
+                    self.graphs.clear()
                 self.variants[moment[1:]] = parts(self._members(moment, self.states))
             for part in self.variants[moment[1:]]:
                 device = part.members[0].p.device
@@ -205,7 +217,29 @@ class Work:
                     buffer = buffers[device] = torch.empty(
                         part.size, dtype=torch.uint8, device=device
                     )
-                part.run(Call(step, key, {**scalars, "step": float(step)}, given, buffer))
+                call = Call(step, key, {**scalars, "step": float(step)}, given, buffer)
+                if capture is None:
+                    part.run(call)
+                else:
+                    if part not in self.graphs:
+                        self.graphs[part] = Graph(part)
+                    self.graphs[part].run(call, capture)
+
+    def _like(self, index: int, g: Tensor | None, fixed: bool) -> Tensor:
+        """A gradient, in the order of entries that its parameter has.
+
+        fixed: a copy lies where the last one did, as graphs need it.
+        """
+        p = self.params[index]
+        assert g is not None
+        if g.stride() == p.stride():
+            return g
+        copy = self.copies.get(index)
+        if copy is None:
+            copy = torch.empty_like(p, dtype=g.dtype)
+            if fixed:
+                self.copies[index] = copy
+        return copy.copy_(g)
 
     def _adopt(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Make what state there is not, and note where it is."""
@@ -234,14 +268,6 @@ _address = Tensor.data_ptr
 def _laid_out(x: Tensor, p: Tensor) -> bool:
     """Whether a memory lies in the order of its parameter, or row by row."""
     return x.stride() == p.stride() if x.shape == p.shape else x.is_contiguous()
-
-
-def _like(p: Tensor, g: Tensor | None) -> Tensor:
-    """A gradient, in the order of entries that its parameter has."""
-    assert g is not None
-    if g.stride() == p.stride():
-        return g
-    return torch.empty_like(p, dtype=g.dtype).copy_(g)
 
 
 def _unfit(g: Tensor) -> str:

@@ -36,21 +36,22 @@ def _power(a, b):
     """In float64, as the logarithm is multiplied by what may be large."""
     c = tl.exp(b * tl.log(tl.abs(a).to(tl.float64)))
     c = tl.where(b == 0, 1.0, c)
-    odd = tl.floor(b * 0.5) != b * 0.5
-    signed = tl.where(tl.floor(b) == b, tl.where(odd, -c, c), float("nan"))
+    even = tl.where(tl.floor(b * 0.5) == b * 0.5, c, -c)
+    broken = tl.where(a == float("-inf"), c, float("nan"))
+    signed = tl.where(tl.floor(b) == b, even, broken)
     return tl.where(a < 0, signed, c)
 
 
 @triton.jit
 def _tanh(a):
-    """By its series near 0 in float32, where 1 - exp(-2a) has lost its digits."""
+    """By its series near 0, where 1 - exp(-2a) has lost digits."""
     b = tl.abs(a)
+    q = b * b
     e = tl.exp(-2.0 * b)
     c = (1.0 - e) / (1.0 + e)
-    if a.dtype == tl.float32:
-        q = b * b
-        series = 1 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835))))
-        c = tl.where(b < 0.3, b * series, c)
+    near = 0.3 if a.dtype == tl.float32 else 0.03
+    series = 1 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835))))
+    c = tl.where(b < near, b * series, c)
     return tl.where(a < 0, -c, c)
 
 

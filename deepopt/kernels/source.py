@@ -6,6 +6,7 @@ import keyword
 import linecache
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ def identifier(name: str) -> str:
     return f"{word}_" if taken else word
 
 
-class Writer:
+class Writer(ABC):
     """Writes the nodes of one region.
 
     storage: of each tensor. single_precision: whether the arithmetic is in float32, else float64.
@@ -62,9 +63,13 @@ class Writer:
         self._names |= {x: f"c{i}" for i, x in enumerate(region.parameters)}
         self._computed = 0
 
+    @abstractmethod
     def literal(self, value: float) -> str:
         """A number in the language."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def source(self) -> str:
+        """The whole text."""
 
     def name(self, x: Expr) -> str:
         """The variable of a node."""

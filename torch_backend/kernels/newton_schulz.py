@@ -8,7 +8,7 @@ import warnings
 from contextlib import suppress
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -252,7 +252,8 @@ def _tiles_win(a: Tensor, b: Tensor, out: Tensor, base: Tensor | None) -> bool:
 
             whole, half = (partial(f, a, b, out, base, 0.5, 0.5) for f in (_product, tiled))
             try:
-                _TILES_WIN[key] = do_bench(half) < do_bench(whole)
+                times = [float(cast(float, do_bench(x))) for x in (half, whole)]
+                _TILES_WIN[key] = times[0] < times[1]
             except Exception as error:
                 warnings.warn(f"cuBLAS multiplies, for Triton fails: {error!r}", stacklevel=2)
     return _TILES_WIN[key]
