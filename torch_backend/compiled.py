@@ -103,7 +103,7 @@ class _Lent:
         for x, y in self.pairs:
             x.detach().copy_(y)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for (x, y), before in zip(self.pairs, self.before, strict=True):
             y.copy_(x.detach())
             x.detach().copy_(before)
@@ -122,6 +122,6 @@ class _Gradients:
         for p, _, gradient in self.changed:
             p.grad = gradient
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for p, before, _ in self.changed:
             p.grad = before

@@ -231,6 +231,16 @@ class Part:
             else:
                 self.stages += [_Kernels(self, kernel, i, j) for j, kernel in enumerate(kernels[i])]
 
+    @property
+    def kernels(self) -> list[_Kernels]:
+        return [x for x in self.stages if isinstance(x, _Kernels)]
+
+    @property
+    def programs(self) -> list[Program]:
+        """The matrix functions between kernels."""
+        stages = [x for x in self.stages if isinstance(x, _Functions)]
+        return [compiled.program for x in stages for compiled in x.programs]
+
     def run(self, call: Call) -> None:
         """Step the members. The call's buffer has `size` bytes for values between stages."""
         for name, tensors in call.given.items():

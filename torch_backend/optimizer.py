@@ -36,11 +36,13 @@ from deepopt.rule import (
     hints,
     scalar_names,
     trace,
+    turns,
 )
 from deepopt.rules import DESCENT, SGD, AdamW, AMSGrad
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.compiled import announces_itself, handle, trace_step
 from torch_backend.fused import LOW_HALF, How, Precision, Rounding
+from torch_backend.graphs import Capture, cuda, refuse_foreign
 from torch_backend.kernels import native
 from torch_backend.layers import Context, Recorder, layers_of
 from torch_backend.routing import (
@@ -75,6 +77,7 @@ NEUTRAL = {"amsgrad": False, "centered": False, "dampening": 0, "momentum": 0, "
 KEPT = (
     *("_rule", "_fallback", "_views", "_strict", "_rules", "_why", "_tensors"),
     *("_recorder", "on_nonfinite", "skipped_steps", "fused", "precision", "rounding"),
+    "capturable",
 )
 
 
@@ -108,6 +111,8 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    # What `capturable=True` makes graphs with.
+    capture: Capture = staticmethod(cuda)
     # Hyperparameters of the rule that were given as tensors: groups keep the tensors themselves.
     _tensors: Mapping[str, Tensor] = {}
 
@@ -124,16 +129,20 @@ class Optimizer(torch.optim.Optimizer):
         fused: bool | None = None,
         precision: Precision = "auto",
         rounding: Rounding = "nearest",
+        capturable: bool = False,
     ) -> None:
         for name, value, known in (
             ("fused", fused, (None, True, False)),
             ("precision", precision, get_args(Precision)),
             ("rounding", rounding, get_args(Rounding)),
+            ("capturable", capturable, (True, False)),
         ):
             if not any(value is x or (isinstance(x, str) and value == x) for x in known):
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")
         if fused is False and rounding != "nearest":
             raise ValueError(f"rounding={rounding!r} needs kernels, and fused=False")
+        if fused is False and capturable:
+            raise ValueError("capturable=True needs kernels, and fused=False")
         if on_nonfinite not in ("propagate", "skip", "raise"):
             raise ValueError(
                 f"on_nonfinite={on_nonfinite!r} must be 'propagate', 'skip' or 'raise'"
@@ -154,6 +163,7 @@ class Optimizer(torch.optim.Optimizer):
         self.fused = fused
         self.precision: Precision = precision
         self.rounding: Rounding = rounding
+        self.capturable = capturable
         self._forget_work()
         self.skipped_steps = 0
         for view in self._views.values():
@@ -342,6 +352,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def take_step(self) -> None:
         """The step itself, without hooks."""
+        refuse_foreign()
         self._opt_called = True
         if self.found_inf is not None and bool(self.found_inf):
             return
@@ -442,6 +453,12 @@ class Optimizer(torch.optim.Optimizer):
             except native.Unavailable as error:
                 self._unavailable(error)
                 return self._group(i, norm)
+            if self.capturable and (moved := work.moved(moments, gradients)):
+                raise RuntimeError(
+                    "capturable=True replays graphs, which read gradients where they were; that of "
+                    f"{self._name(i, moved[0])} is elsewhere now: keep gradients in place by "
+                    "zero_grad(set_to_none=False)"
+                )
             if work.reads_norm(moments):
                 scalars["gradient_norm"] = float(norm.on(torch.device("cpu")))
                 scalars["gradient_norm"] *= scalars.get("inverse_scale", 1.0)
@@ -480,6 +497,7 @@ class Optimizer(torch.optim.Optimizer):
         """What the plain path is to run for a group; changes nothing."""
         group = self.param_groups[i]
         view, maximize = group["seen_as"], group["maximize"]
+        turn = turns([p.shape for p in group["params"]]) if rule.stagger else []
         ticking: dict[tuple[int, int], frozenset[str]] = {}
         members: dict[tuple[Any, ...], list[Tensor]] = {}
         for position in positions:
@@ -499,7 +517,7 @@ class Optimizer(torch.optim.Optimizer):
             seen = seen_of(rule, p.shape, view)
             state = self.state[p] if p in self.state else {}
             step = int(state["step"]) + 1 if "step" in state else 1
-            moment = (step, position if rule.stagger else 0)
+            moment = (step, turn[position] if rule.stagger else 0)
             if moment not in ticking:
                 ticking[moment] = rule.ticks(step, index=moment[1])
             alone = -1 if seen.count else position
@@ -529,10 +547,9 @@ class Optimizer(torch.optim.Optimizer):
         def context(p: Tensor, name: str) -> Tensor:
             return self.context[p][name].to(p.device, arithmetic(p.dtype)).contiguous()
 
-        key = (group.index, KEY)
-        work.run(
-            group.moments, self.state, group.scalars, group.gradients, context, key, self._buffers
-        )
+        key, capture = (group.index, KEY), self.capture if self.capturable else None
+        step = (group.moments, self.state, group.scalars, group.gradients)
+        work.run(*step, context, key, self._buffers, capture)
 
     def run_batch(self, batch: Batch) -> None:
         """Step parameters of one shape, one by one or stacked along a first axis."""
@@ -824,7 +841,7 @@ _bound: dict[type[Rule], Any] = {}
 # The options of `Optimizer` that the classes of rules take too.
 SHARED = (
     *("fallback", "views", "strict", "maximize", "on_nonfinite"),
-    *("fused", "precision", "rounding"),
+    *("fused", "precision", "rounding", "capturable"),
 )
 
 
