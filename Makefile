@@ -47,8 +47,8 @@ docs: $(STAMP) ## write the pages of the rules, docs/rules
 mutants: $(STAMP) ## plant bugs and see that the tests catch them, docs/testing.md
 	$(BIN)/python -m benchmarks.mutants
 
-bench: $(STAMP) ## time an optimizer step and the training of Hope
-	$(BIN)/python -m benchmarks.step
+bench: $(STAMP) ## time optimizer steps beside their peers (docs/performance.md) and the training of Hope
+	$(BIN)/python -m benchmarks.step --threads 1 2 --page docs/performance.md
 	$(BIN)/python -m benchmarks.hope
 
 # The scratch environment holds the wheel alone and borrows its dependencies from .venv by a .pth,
