@@ -57,7 +57,10 @@ class Graph:
 
     def __init__(self, part: Part) -> None:
         self.part = part
-        self.capturable = not any(map(_asks, part.programs))
+        # What functions take from elsewhere is a number of the host, in a graph for ever.
+        values = part.buckets[0].plan.values.keys()
+        programs = part.programs
+        self.capturable = not any(_asks(x) or set(x.inputs) - values for x in programs)
         self.warm = False
         self.replay: Callable[[], None] | None = None
 
@@ -96,12 +99,10 @@ class Graph:
 
 
 def _asks(program: Program) -> bool:
-    """Whether a program is more than device work that each step repeats alike."""
+    """Whether a program has solvers, which ask the host as they run."""
     for x in program.nodes:
-        # A number of the host would be the one of the capture for ever.
-        if (x.op == "input" and not x.shape) or (x.op == "call" and x["name"] in PRIMITIVES):
-            return True
-        if x.op == "call" and not hasattr(Batched, str(x["name"])):
-            if _asks(Program({"": definition(x)[0]})):
+        if x.op == "call":
+            own = hasattr(Batched, str(x["name"]))
+            if x["name"] in PRIMITIVES or (not own and _asks(Program({"": definition(x)[0]}))):
                 return True
     return False

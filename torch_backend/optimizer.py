@@ -107,10 +107,9 @@ class Optimizer(torch.optim.Optimizer):
     Raises ValueError or TypeError that quote what was given; then nothing has changed.
     """
 
-    # A scaler of gradients tells the step what it knows by setting these.
+    # A scaler of gradients tells the step what it knows in `grad_scale` and `found_inf`, which it
+    # sets and deletes again; it multiplies the one that it finds, so that neither has a default.
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
     # What `capturable=True` makes graphs with.
     capture: Capture = staticmethod(cuda)
     # Hyperparameters of the rule that were given as tensors: groups keep the tensors themselves.
@@ -354,7 +353,8 @@ class Optimizer(torch.optim.Optimizer):
         """The step itself, without hooks."""
         refuse_foreign()
         self._opt_called = True
-        if self.found_inf is not None and bool(self.found_inf):
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
             return
         norm = _Norm(p.grad for g in self.param_groups for p in g["params"])
         groups = [self._group(i, norm) for i in range(len(self.param_groups))]
@@ -434,7 +434,7 @@ class Optimizer(torch.optim.Optimizer):
         values = {k: _host(group[k], k) for k in hints(cls)}
         rule = _instance(cls, values)
         scalars: dict[str, Any] = rule.scalars(**values)
-        scale = self.grad_scale
+        scale: Tensor | None = getattr(self, "grad_scale", None)
         if scale is not None:
             scalars["inverse_scale"] = 1.0 / float(scale)
         gradients = [p.grad for p in group["params"]]
@@ -479,7 +479,7 @@ class Optimizer(torch.optim.Optimizer):
         if self.fused is False or self._without_kernels:
             return None, range(len(gradients))
         how = How(bool(self.fused), self.precision, self.rounding)
-        scaled = self.grad_scale is not None
+        scaled = getattr(self, "grad_scale", None) is not None
         work = self._works.get(i)
         if work is None or not work.fits(group, rule, gradients, scaled, how, self.state):
             work = Work(group, rule, gradients, scaled, how, lambda j: self._name(i, j))
