@@ -66,6 +66,12 @@ def same(one: Run, two: Run, **tolerance: float) -> None:
         torch.testing.assert_close(x, y, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
+def shrink(run: Run) -> None:
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.mul_(0.99)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -97,6 +103,7 @@ def test_a_compiled_training_step_is_one_frame_under_a_schedule(backend):
     def train(x: Tensor) -> Tensor:
         before = sum(p.detach().sum() for p in compiled.model.parameters())
         compiled.model(x).square().sum().backward()
+        shrink(compiled)
         compiled.optimizer.step()
         return before - sum(p.detach().sum() for p in compiled.model.parameters())
 
@@ -106,6 +113,7 @@ def test_a_compiled_training_step_is_one_frame_under_a_schedule(backend):
         eager.backward(i)
         compiled.optimizer.zero_grad()
         before = sum(p.detach().sum() for p in eager.model.parameters())
+        shrink(eager)
         eager.optimizer.step()
         moved = fast(compiled.inputs(i))
         after = sum(p.detach().sum() for p in eager.model.parameters())
@@ -114,6 +122,87 @@ def test_a_compiled_training_step_is_one_frame_under_a_schedule(backend):
         for schedule in schedules:
             schedule.step()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step_follows_what_happens_to_its_optimizer(backend):
+    eager, compiled = made(RULES["M3"]), made(RULES["M3"])
+    counter = CompileCounterWithBackend(backend)
+    fast = torch.compile(compiled.optimizer.step, backend=counter, fullgraph=True)
+    pairs = ((eager, eager.optimizer.step), (compiled, fast))
+    for i in range(STEPS):
+        for run, step in pairs:
+            run.backward(i)
+            first = next(iter(run.model.parameters()))
+            if i < 2:
+                first.grad = None
+            if i == 4:
+                run.optimizer.load_state_dict(run.optimizer.state_dict())
+                state = run.optimizer.state[first]
+                state[max(state.keys() - {"step"})] = torch.full_like(first, 0.01)
+            step()
+            assert (first in run.optimizer.state) == (i >= 2)
+        same(eager, compiled)
+    # Without and with the gradient of the first parameter, and as a load puts states in order.
+    assert counter.frame_count == 3
+
+
+def test_optimizers_that_share_a_compiled_function_keep_apart():
+    runs = [made(RULES["AdamW"]) for _ in range(4)]
+    eager, compiled = runs[:2], runs[2:]
+
+    def take(optimizer: Optimizer) -> None:
+        optimizer.step()
+
+    fast = torch.compile(take, backend="eager", fullgraph=True)
+    for i in range(3):
+        for which, step in ((eager, take), (compiled, fast)):
+            for seed, run in enumerate(which):
+                run.backward(i + 10 * seed)
+                step(run.optimizer)
+    same(eager[0], compiled[0])
+    same(eager[1], compiled[1])
+
+
+def test_a_closure_of_a_compiled_step_is_called_once_and_gives_the_loss():
+    eager, compiled = made(RULES["AdamW"]), made(RULES["AdamW"])
+    fast = torch.compile(compiled.optimizer.step, backend="eager")
+    losses: list[list[float]] = [[], []]
+    for i in range(3):
+        for run, step, seen in (
+            (eager, eager.optimizer.step, losses[0]),
+            (compiled, fast, losses[1]),
+        ):
+
+            def closure(run=run, i=i):
+                run.backward(i)
+                return run.loss(i).detach()
+
+            seen.append(float(step(closure)))
+    assert losses[0] == losses[1]
+    same(eager, compiled)
+
+
+def test_the_operator_keeps_its_promises_to_the_compiler():
+    run = made(RULES["M3"])
+    params = list(run.model.parameters())
+    run.backward(0)
+    number = run.optimizer.entered(tuple(range(len(params))))
+    states = [x.clone() for p in params for x in run.optimizer.state[p].values()]
+    gradients = [torch.ones_like(p) for p in params]
+    given = [p.detach().clone() for p in params]
+    before = run.everything()
+    places = list(range(len(params)))
+    torch.library.opcheck(
+        torch.ops.deepopt.step.default, (number, places, given, gradients, states)
+    )
+    torch.ops.deepopt.step(number, places, given, gradients, states)
+    for x, y in zip(before, run.everything(), strict=True):
+        assert torch.equal(x, y)
+    assert not any(torch.equal(p, x) for p, x in zip(params, given, strict=True))
+    assert float(states[0]) == 1
+    with pytest.raises(RuntimeError, match="the optimizer that this step was compiled for"):
+        torch.ops.deepopt.step(1 << 40, places, given, gradients, states)
 
 
 class Tape(TorchDispatchMode):
@@ -201,3 +290,146 @@ def test_each_set_of_clocks_has_one_graph_that_the_host_replays():
             known[ticks] = len(graphs.graphs) - 1
         assert graphs.replayed == [*before, known[ticks]]
     assert sorted(known.values()) == [0, 1, 2, 3] and len(graphs.graphs) == len(known)
+
+
+REPLAYED: dict[str, Rule] = {
+    "AdamW": rules.AdamW(lr=0.05),
+    "Muon": rules.Muon(lr=0.05),
+    "Nest": rules.Nest(lr=0.05, memory=("table", "deep"), period=(1, 2), weight=0.5, width=3),
+    "Lion": rules.Lion(lr=0.05, every=2),
+}
+# Their functions ask the host, or take a number from it, where the slow clock ticks.
+PARTLY: dict[str, Rule] = {
+    "SOAP": rules.SOAP(lr=0.05, period=3),
+    "Shampoo": rules.Shampoo(lr=0.05, period=2),
+}
+
+
+@pytest.mark.parametrize("name", [*REPLAYED, *PARTLY])
+def test_replayed_steps_are_the_plain_ones(name):
+    rule = (REPLAYED | PARTLY)[name]
+    eager, graphed = matrices(rule), matrices(rule, capturable=True)
+    graphed.optimizer.capture = graphs = Graphs()
+    for i in range(3 * 4):
+        stepped(eager, i)
+        stepped(graphed, i)
+        same(eager, graphed)
+    moments = [rule.ticks(i + 1) for i in range(3 * 4)]
+    patterns = set(moments)
+    if name in PARTLY:
+        assert len(graphs.graphs) < len(patterns)
+    else:
+        assert len(graphs.graphs) == len(patterns)
+        assert len(graphs.replayed) == len(moments) - len(patterns)
+
+
+def test_replays_round_at_random_by_step_and_copy_gradients_of_another_layout():
+    runs = [
+        matrices(rules.AdamW(lr=0.05), capturable=c, rounding="stochastic") for c in (False, True)
+    ]
+    for run in runs:
+        run.model.bfloat16()
+        run.optimizer.capture = Graphs()
+    for i in range(STEPS):
+        for run in runs:
+            for p in run.model.parameters():
+                p.grad = torch.full_like(p, 1e-3 * (i + 1)).mT.contiguous().mT
+            run.optimizer.step()
+        same(*runs)
+    assert len(runs[1].optimizer.capture.replayed) == STEPS - 1
+
+
+def test_a_gradient_that_moved_is_refused_before_anything_changes():
+    run = matrices(CLOCKS, capturable=True)
+    run.optimizer.capture = Graphs()
+    for i in range(6):
+        stepped(run, i)
+    before = run.everything()
+    last = list(run.model.parameters())[-1]
+    kept, last.grad = last.grad, torch.ones_like(last)
+    with pytest.raises(RuntimeError, match=r"that of parameter 1 of group 0 is elsewhere now"):
+        run.optimizer.step()
+    for x, y in zip(before, run.everything(), strict=True):
+        assert torch.equal(x, y)
+    last.grad = kept
+    run.optimizer.step()
+
+
+def test_a_load_drops_the_graphs():
+    eager, graphed = matrices(CLOCKS), matrices(CLOCKS, capturable=True)
+    graphed.optimizer.capture = graphs = Graphs()
+    for i in range(12):
+        stepped(eager, i)
+        stepped(graphed, i)
+        if i == 6:
+            for run in (eager, graphed):
+                run.optimizer.load_state_dict(run.optimizer.state_dict())
+            dropped, done = len(graphs.graphs), len(graphs.replayed)
+        same(eager, graphed)
+    assert min(graphs.replayed[done:]) >= dropped > 0
+
+
+def test_somebody_elses_graph_is_refused(monkeypatch):
+    run = matrices(CLOCKS)
+    run.backward(0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="the host counts steps"):
+        run.optimizer.step()
+    assert not run.optimizer.state
+
+
+def test_graphs_need_kernels():
+    with pytest.raises(ValueError, match="capturable=True needs kernels"):
+        made(RULES["M3"], fused=False, capturable=True)
+    with pytest.raises(ValueError, match="capturable='yes' must be one of True, False"):
+        made(RULES["M3"], capturable="yes")
+
+
+def scaled(run: Run, scaler: torch.amp.GradScaler, i: int) -> None:
+    run.optimizer.zero_grad()
+    scaler.scale(run.loss(i)).backward()
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("fused", [True, False])
+def test_scaled_training_is_unscaled_training(fused, unscale):
+    rule = rules.M3(lr=0.05, period=3, eps=1e-3)
+    plain, run = made(rule, fused=fused), made(rule, fused=fused)
+    # A power of two, so that scaling is exact.
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i in range(STEPS):
+        plain.backward(i)
+        scaled(run, scaler, i)
+        if unscale:
+            scaler.unscale_(run.optimizer)
+            for each in (plain, run):
+                nn.utils.clip_grad_norm_(each.model.parameters(), 0.5)
+        plain.optimizer.step()
+        before = [p.grad.clone() for p in run.model.parameters()]
+        scaler.step(run.optimizer)
+        scaler.update()
+        assert all(map(torch.equal, before, [p.grad for p in run.model.parameters()]))
+        same(plain, run)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_infinite_gradient_leaves_out_the_step_and_lowers_the_scale(fused, unscale):
+    run = made(RULES["M3"], fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for i in range(STEPS):
+        before = run.everything()
+        scaled(run, scaler, i)
+        bad = i in (0, 3)
+        if bad:
+            run.model[0].bias.grad[1] = torch.inf
+        if unscale:
+            scaler.unscale_(run.optimizer)
+        scaler.step(run.optimizer)
+        scaler.update()
+        after = run.everything()
+        assert bad == (len(before) == len(after) and all(map(torch.equal, before, after)))
+    assert scaler.get_scale() == 1024.0 / 4
+    steps = {float(s["step"]) for s in run.optimizer.state.values()}
+    assert steps == {STEPS - 2}
