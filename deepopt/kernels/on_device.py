@@ -75,8 +75,7 @@ def _stochastic(a, at, STEP, PLACE, K0, K1, BLOCK: tl.constexpr):
     low, high = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
     p, q, r, s = tl.philox_impl(low, high, STEP, PLACE, K0, K1)
     draw = tl.interleave(tl.interleave(p, r), tl.interleave(q, s)) & 0xFFFF
-    bits = a.to(tl.uint32, bitcast=True)
-    bits += tl.where((bits & 0x7F800000) == 0x7F800000, 0, draw).to(tl.uint32)
+    bits = a.to(tl.uint32, bitcast=True) + draw
     return tl.where(a != a, 0x7FC0, bits >> 16).to(tl.uint16)
 
 
