@@ -139,6 +139,22 @@ def test_every_function_and_what_is_not_finite(dtype, special):
         assert same.all(), (name, g[~same], x[~same].tolist(), y[~same].tolist())
 
 
+class Named(Rule):
+    """Memories whose names are words of a kernel's text."""
+
+    def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
+        words = "mask range entry t tl i at lo hi n x0 c1 s0 a0 lambda float triton sums"
+        return {name: Slot(shape) for name in words.split()}
+
+    def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+        size = e.sqrt(e.sum_(g * g))
+        return g / size, {k: s[k] + (i + 1.0) * g for i, k in enumerate(self.slots(g.shape))}
+
+
+def test_a_memory_may_have_any_name():
+    parity(Case(Named(lr=0.1), (4, 6)), [(31, 33), (3,)], "float32")
+
+
 def stepped(monkeypatch, language: str, rule: Rule, rounding: str, offset: int = 0):
     """A bfloat16 parameter at a place in memory, and its state, after steps in a language."""
     monkeypatch.setenv("DEEPOPT_KERNELS", language)

@@ -22,7 +22,7 @@ BOOLEAN = frozenset({"less", "less_equal", "equal"})
 RESERVED = frozenset(
     "auto break case char const default do double enum extern float goto inline int long register "
     "restrict short signed sizeof static struct switch typedef union unsigned void volatile "
-    "i n lo hi at t tl entry BLOCK sums exp log sqrt tanh pow floor y0 y1 j0 j1 gamma".split()
+    "i n lo hi at t tl entry BLOCK sums exp log sqrt tanh pow floor y0 y1 j0 j1 gamma range".split()
 )
 LOW = "w low"
 

@@ -191,7 +191,7 @@ class Triton(Writer):
             start = f"tl.zeros([BLOCK], {t})"
             if x.op == "max":
                 start = f'tl.full([BLOCK], float("-inf"), {t})'
-            lines.append(f"        a{places[x]} = {start}")
+            lines.append(f"        A{places[x]} = {start}")
         lines.append("        for TAIL in tl.static_range(2):")
         for k in tensors:
             lines.append(f"            {words[k]}_at = {words[k]}_in.to({self._stored_as(k)})")
@@ -207,28 +207,28 @@ class Triton(Writer):
         lines += [
             "            for at in range(lo + n if TAIL else lo, hi if TAIL else lo + n, BLOCK):",
             "                i = at + tl.arange(0, BLOCK)",
-            "                mask = i < hi if TAIL else None",
+            "                MASK = i < hi if TAIL else None",
         ]
         inner = [
             f"{self.name(x)} = "
-            + self._loaded(k, f"tl.load({words[k]}_at + i, mask)", self._low("tl.load({}, mask)"))
+            + self._loaded(k, f"tl.load({words[k]}_at + i, MASK)", self._low("tl.load({}, MASK)"))
             for k, x in loads.items()
         ]
         inner += [f"{n} = {e}{note}" for n, e, note in self.statements(sweep.body)]
         for x in sweep.reductions:
-            a, value = f"a{places[x]}", self._number(x.args[0])
+            a, value = f"A{places[x]}", self._number(x.args[0])
             if x.op == "sum":
-                inner.append(f"{a} += tl.where(mask, {value}, 0.0) if TAIL else {value}")
+                inner.append(f"{a} += tl.where(MASK, {value}, 0.0) if TAIL else {value}")
             else:
                 higher = f"({value} > {a}) | ({value} != {value})"
                 inner.append(f"HIGHER = {higher}")
-                inner.append(f"{a} = tl.where(HIGHER & mask if TAIL else HIGHER, {value}, {a})")
+                inner.append(f"{a} = tl.where(HIGHER & MASK if TAIL else HIGHER, {value}, {a})")
         for k, x in stores.items():
-            inner += self._store(k, self._number(x), f"{words[k]}_at + i", ", mask")
+            inner += self._store(k, self._number(x), f"{words[k]}_at + i", ", MASK")
         lines += [f"                {line}" for line in inner]
         for x in sweep.reductions:
             r = places[x]
-            value = f"tl.sum(a{r})" if x.op == "sum" else f"_peak(a{r})"
+            value = f"tl.sum(A{r})" if x.op == "sum" else f"_peak(A{r})"
             lines.append(f"        tl.store(PARTIAL + {r} * CHUNKS + t, {value}.to(tl.float64))")
         return "\n".join([*lines, ""])
 

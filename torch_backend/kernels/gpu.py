@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepopt.kernels.triton import HEAD, Triton
-from torch_backend.kernels.native import Array, Unavailable, folder
+from torch_backend.kernels.native import Array, Unavailable, folder, runtime
 
 # Copies of a table that may be on their way at once before the host waits for the first.
 SLOTS = 3
@@ -105,6 +105,7 @@ def kernels(written: Sequence[Triton], device: torch.device) -> list[Kernel]:
     """Regions built for a device. Raises Unavailable."""
     if why := obstacle(device.type):
         raise Unavailable(why)
+    runtime()  # It counts the steps, on the host.
     keys = [(x.source(), device) for x in written]
     for key, x in zip(keys, written, strict=True):
         if key not in _kernels:
