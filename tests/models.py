@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deepopt.rule import hints
-from torch_backend.optimizer import _host, _instance
+from torch_backend.values import host, instance
 
 
 class Block(nn.Module):
@@ -64,10 +64,10 @@ class ConvNet(nn.Module):
 
 def give_context(optimizer: torch.optim.Optimizer, step: int = 0) -> None:
     """Set what rules need beyond gradients, by shape and step; nothing for torch's optimizers."""
-    known = getattr(optimizer, "_rules", {})
+    known = getattr(optimizer, "rules", {})
     for group in optimizer.param_groups if known else ():
         cls = known[group["rule"]]
-        rule = _instance(cls, {k: _host(group[k], k) for k in hints(cls)})
+        rule = instance(cls, {k: host(group[k], k) for k in hints(cls)})
         for p in group["params"]:
             for name, x in contexts(rule, tuple(p.shape), step + 1)[step].items():
                 optimizer.context[p][name] = torch.tensor(x)

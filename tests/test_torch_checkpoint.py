@@ -11,7 +11,7 @@ from models import give_context
 from torch import nn
 
 import torch_backend
-import torch_backend.optimizer
+import torch_backend.plain
 from deepopt import Rule, rules
 from torch_backend import Optimizer
 
@@ -188,10 +188,10 @@ def test_a_pickle_without_a_newer_hyperparameter_gets_its_default():
 @each_case
 def test_a_batch_equals_one_by_one(case, monkeypatch):
     def final(cap: int, together: bool) -> list[torch.Tensor]:
-        monkeypatch.setattr(torch_backend.optimizer, "BATCH", {"cpu": cap})
+        monkeypatch.setattr(torch_backend.plain, "BATCH", {"cpu": cap})
         params = parameters(case.shape, count=5, dtype=torch.float64)
         groups = [params] if together else [[p] for p in params]
-        optimizers = [Optimizer(g, case.rule) for g in groups]
+        optimizers = [Optimizer(g, case.rule, fused=False) for g in groups]
         for step in range(9):
             generator = torch.Generator().manual_seed(step)
             for p in params:
@@ -215,7 +215,7 @@ def test_batches_keep_to_their_cap(monkeypatch):
         sizes.append(len(tensors))
         return real(tensors, *args)
 
-    monkeypatch.setattr(torch_backend.optimizer, "BATCH", {"cpu": 3 * 16})
+    monkeypatch.setattr(torch_backend.plain, "BATCH", {"cpu": 3 * 16})
     optimizer = torch_backend.Muon(parameters((4, 4), count=7), fused=False)
     monkeypatch.setattr(torch, "cat", spy)
     run(optimizer, 0, 1)

@@ -482,11 +482,11 @@ def test_metrics_count_negative_eigenvalues():
 
 def test_impossible_shapes_are_refused_when_they_are_given():
     optimizer = torch_backend.Shampoo([nn.Parameter(torch.randn(4, 4))], block=16)
-    before = repr(optimizer), dict(optimizer._rules), dict(optimizer._why)
+    before = repr(optimizer), dict(optimizer.rules), dict(optimizer._why)
     bad = [nn.Parameter(torch.randn(s)) for s in [(3,), (4, 4), (17, 4)]]
     with pytest.raises(ValueError, match="a side of 17 cannot be cut"):
         optimizer.add_param_group({"params": bad})
-    assert (repr(optimizer), optimizer._rules, optimizer._why) == before
+    assert (repr(optimizer), optimizer.rules, optimizer._why) == before
 
 
 def test_classes_made_by_functions_of_one_name_stay_apart():

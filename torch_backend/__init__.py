@@ -3,8 +3,8 @@
 from deepopt import rules
 from torch_backend.algebra import lift as lift
 from torch_backend.averages import averaged as averaged
+from torch_backend.binding import bind as bind
 from torch_backend.optimizer import Optimizer as Optimizer
-from torch_backend.optimizer import bind as bind
 from torch_backend.routing import Routing as Routing
 
 SGD = bind(rules.SGD)

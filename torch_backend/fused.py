@@ -393,9 +393,12 @@ def _written(m: Member, stage: Sequence[Region] | Program) -> list[C | Triton]:
     if isinstance(stage, Program):
         return []
     single = m.p.dtype != torch.float64
-    storages = [{k: m.storage[k] for k in region.tensors} for region in stage]
-    language = Triton if gpu.serves(m.p.device) else C
-    return [language(r, s, single) for r, s in zip(stage, storages, strict=True)]
+    language: type[C] | type[Triton] = Triton if gpu.serves(m.p.device) else C
+    found: list[C | Triton] = []
+    for region in stage:
+        storage: dict[str, Storage] = {k: m.storage[k] for k in region.tensors}
+        found.append(language(region, storage, single))
+    return found
 
 
 def parts(members: Sequence[Member]) -> list[Part]:

@@ -1,0 +1,165 @@
+"""The plain path: a rule's program run with torch's operations, equal shapes stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from deepopt.algebra import Program
+from deepopt.rule import Rule, trace, turns
+from torch_backend.algebra import Compiled, Torch
+from torch_backend.seen import Seen, arithmetic, remember, seen_of
+
+if TYPE_CHECKING:
+    from torch_backend.optimizer import Optimizer
+
+# The most numbers that same-shape matrices are stacked into at a time: what a CPU's cache holds,
+# and what keeps an accelerator busy.
+BATCH = {"cpu": 1 << 18}
+BATCH_ELSEWHERE = 1 << 24
+
+
+class Batch(NamedTuple):
+    """Parameters that are stepped by one call, and all that it needs but their tensors."""
+
+    program: Compiled
+    scalars: list[Any]
+    seen: Seen
+    params: list[Tensor]
+    factor: float
+
+
+class Norm:
+    """The Frobenius norm of several gradients together, computed when it is first asked for."""
+
+    def __init__(self, gradients: Iterable[Tensor | None]) -> None:
+        self._gradients = [g for g in gradients if g is not None]
+        self._value: Tensor | None = None
+
+    def on(self, device: torch.device) -> Tensor:
+        """The norm as a tensor of rank 0 on a device, in float32 at least."""
+        value = self._value
+        if value is None:
+            norm = torch.linalg.vector_norm
+            parts = [norm(g, dtype=arithmetic(g.dtype)).to(device) for g in self._gradients]
+            dtype = max((x.dtype for x in parts), key=lambda x: x.itemsize)
+            value = self._value = norm(torch.stack([x.to(dtype) for x in parts]))
+        return value.to(device)
+
+
+def batches(
+    optimizer: Optimizer,
+    i: int,
+    rule: Rule,
+    scalars: Mapping[str, Any],
+    norm: Norm,
+    positions: Sequence[int],
+) -> list[Batch]:
+    """What the plain path is to run for a group; changes nothing.
+
+    Raises RuntimeError for sparse gradients, and where rounding needs kernels.
+    """
+    group = optimizer.param_groups[i]
+    view, maximize = group["seen_as"], group["maximize"]
+    turn = turns([p.shape for p in group["params"]]) if rule.stagger else []
+    ticking: dict[tuple[int, int], frozenset[str]] = {}
+    members: dict[tuple[Any, ...], list[Tensor]] = {}
+    for position in positions:
+        p = group["params"][position]
+        if p.grad is None:
+            continue
+        if p.grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} does not support sparse gradients; "
+                f"{optimizer.name_of(i, position)} has one (use sparse=False in its embedding)"
+            )
+        if optimizer.rounding != "nearest" and p.dtype == torch.bfloat16:
+            raise RuntimeError(
+                f"rounding={optimizer.rounding!r} needs kernels, which cannot step "
+                f"{optimizer.name_of(i, position)}"
+            )
+        seen = seen_of(rule, p.shape, view)
+        state = optimizer.state[p] if p in optimizer.state else {}
+        step = int(state["step"]) + 1 if "step" in state else 1
+        moment = (step, turn[position] if rule.stagger else 0)
+        if moment not in ticking:
+            ticking[moment] = rule.ticks(step, index=moment[1])
+        alone = -1 if seen.count else position
+        key = (seen, p.dtype, p.device, step, ticking[moment], alone)
+        members.setdefault(key, []).append(p)
+    prepared: dict[tuple[Any, ...], tuple[Compiled, list[Any]]] = {}
+    found: list[Batch] = []
+    for (seen, dtype, device, step, ticks, _), params in members.items():
+        most = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // max(1, seen.largest))
+        for start in range(0, len(params), most):
+            part = params[start : start + most]
+            key = (seen, dtype, device, step, ticks, len(part) > 1)
+            if key not in prepared:
+                run = _compiled(rule, seen.shape, ticks, dtype, device, len(part) > 1)
+                own: dict[str, Any] = {**scalars, "step": float(step)}
+                if "gradient_norm" in run.program.inputs:
+                    own["gradient_norm"] = norm.on(device) * own.get("inverse_scale", 1.0)
+                prepared[key] = run, run.scalars(own)
+            sign = -1.0 if maximize else 1.0
+            factor = sign * scalars.get("inverse_scale", 1.0)
+            found.append(Batch(*prepared[key], seen, part, factor))
+    return found
+
+
+@lru_cache(maxsize=4096)
+def _compiled(
+    rule: Rule,
+    shape: tuple[int, ...],
+    ticking: frozenset[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    stacked: bool,
+) -> Compiled:
+    """The program of a step; it may overwrite what it is to write, and stacks, which are copies."""
+    outputs = dict(trace(rule, shape, ticking).outputs)
+    outputs.pop("direction", None)
+    # A memory that this step only reads must survive it.
+    written = [k for k in rule.all_slots(shape) if k in outputs]
+    donate = ["w", "g", *written] if stacked else written
+    return Compiled(Program(outputs), Torch(arithmetic(dtype), device), donate)
+
+
+def run(optimizer: Optimizer, batch: Batch) -> None:
+    """Step parameters of one shape, one by one or stacked along a first axis."""
+    program, scalars, seen, params, factor = batch
+    dtype = arithmetic(params[0].dtype)
+    for p in params:
+        remember(p, optimizer.state[p], seen)
+        optimizer.state[p]["step"] += 1
+    states = [optimizer.state[p] for p in params]
+    gradients = [cast(Tensor, p.grad).to(dtype) for p in params]
+    inputs = {
+        "w": seen.gather([p.to(dtype) for p in params], seen.shape),
+        "g": seen.gather([factor * g if factor != 1 else g for g in gradients], seen.shape),
+    }
+    for name in program.program.inputs:
+        if name in seen.memories:
+            shape = seen.memories[name][0].shape
+            inputs[name] = seen.gather([s[name].to(dtype) for s in states], shape)
+        elif name in seen.context:
+            shape = seen.context[name]
+            given = [optimizer.context[p][name].to(p.device, dtype) for p in params]
+            inputs[name] = seen.gather([x.expand(seen.stack(shape)) for x in given], shape)
+    out = program(inputs, scalars)
+    del inputs, gradients
+    update = out.pop("update", None)
+    for j, p in enumerate(params):
+        if update is not None:
+            step = seen.part(update, seen.shape, j)
+            step = step.expand(seen.stack(seen.shape)).reshape(p.shape)
+            p.add_(step)  # In the wider dtype of the two, then rounded once.
+        for name, value in out.items():
+            stored, slot = states[j][name], seen.memories[name][0]
+            value = seen.part(torch.as_tensor(value), slot.shape, j)
+            # A memory that was overwritten in place is there already.
+            if stored.data_ptr() != value.data_ptr() or stored.dtype != value.dtype:
+                stored.copy_(value.expand(seen.stack(slot.shape)).reshape(stored.shape))
