@@ -15,6 +15,7 @@ from benchmarks.device import Setting, forget_peak, held, progress
 from benchmarks.race import Record, parameters
 from benchmarks.shapes import SMALL, Shapes, hidden
 from deepopt import rules
+from torch_backend import fused
 
 FLAT: dict[str, Any] = {"view": "flat", "output": "identity"}
 MEMORY: dict[str, Callable[[Any], Any]] = {
@@ -41,13 +42,13 @@ def each_alone(what: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[A
     return found
 
 
-def first_step(s: Setting, rule: str, count: int, fused: bool | None, cache: str) -> float:
+def first_step(s: Setting, rule: str, count: int, kernels: bool | None, cache: str) -> float:
     """Seconds of the first step of a process, with its kernels in the folder `cache`."""
     os.environ["DEEPOPT_CACHE"] = cache
     torch.set_num_threads(s.threads)
     shapes: Shapes = [(16, 16), (16, 32), (32, 16), (8, 8), (16, 24)]
     params = parameters(shapes * (count // 5), s.device)
-    optimizer = getattr(torch_backend, rule)(params, fused=fused)
+    optimizer = getattr(torch_backend, rule)(params, fused=kernels)
     start = time.perf_counter()
     optimizer.step()
     return time.perf_counter() - start
@@ -60,7 +61,7 @@ def first(s: Setting) -> list[Record]:
     with tempfile.TemporaryDirectory(prefix="deepopt-") as folder:
         pairs = [(n, k) for n in names for k in (10, 10_000)] if not s.quick else [("SGD", 10)]
         ways = (False, None, None)
-        calls = [(s, n, k, fused, f"{folder}/{n}{k}") for n, k in pairs for fused in ways]
+        calls = [(s, n, k, way, f"{folder}/{n}{k}") for n, k in pairs for way in ways]
         seconds = each_alone(first_step, calls)
     for i, (name, count) in enumerate(pairs):
         plain, cold, warm = seconds[3 * i : 3 * i + 3]
@@ -71,10 +72,12 @@ def first(s: Setting) -> list[Record]:
 
 
 def peak(s: Setting, name: str) -> tuple[float, float]:
-    """MB that a step holds beyond weights, gradients and state, and MB of its slab."""
+    """MB that a step holds beyond weights, gradients and state, and of a slab where it has one."""
     torch.set_num_threads(s.threads)
     # Libraries, threads and kernels are there before anything is counted.
-    for shapes in ([(64, 64), (64, 96)] * 2, s.few(hidden(SMALL))):
+    every = s.few(hidden(SMALL))
+    for shapes in (list(set(every)), every):
+        optimizer = None
         params = parameters(shapes, s.device)
         forget_peak(s.device)
         before = held(s.device)
@@ -86,7 +89,8 @@ def peak(s: Setting, name: str) -> tuple[float, float]:
         most = held(s.device, peak=True)
         state = [x for own in optimizer.state.values() for x in own.values()]
         kept = sum(x.nbytes for x in state if isinstance(x, torch.Tensor) and x.dim())
-        slab = sum(x.nbytes for x in getattr(optimizer, "_buffers", {}).values())
+        slab = fused.SLAB.get(s.device, fused.SLAB_ELSEWHERE)
+        slab *= any(x.nbytes for x in getattr(optimizer, "_buffers", {}).values())
     return (most - before - kept) / 1e6, slab / 1e6
 
 
