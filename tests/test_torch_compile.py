@@ -148,8 +148,9 @@ def test_a_compiled_step_follows_what_happens_to_its_optimizer(backend):
 
 
 def test_optimizers_that_share_a_compiled_function_keep_apart():
-    runs = [made(RULES["AdamW"]) for _ in range(4)]
-    eager, compiled = runs[:2], runs[2:]
+    eager, compiled = [
+        [made(rules.AdamW(lr=lr)) for lr in (0.05, 0.01)] for _ in ("eager", "compiled")
+    ]
 
     def take(optimizer: Optimizer) -> None:
         optimizer.step()
@@ -191,7 +192,7 @@ def test_the_operator_keeps_its_promises_to_the_compiler():
     states = [x.clone() for p in params for x in run.optimizer.state[p].values()]
     gradients = [torch.ones_like(p) for p in params]
     given = [p.detach().clone() for p in params]
-    before = run.everything()
+    before, own = run.everything(), [p.grad for p in params]
     places = list(range(len(params)))
     torch.library.opcheck(
         torch.ops.deepopt.step.default, (number, places, given, gradients, states)
@@ -200,7 +201,7 @@ def test_the_operator_keeps_its_promises_to_the_compiler():
     for x, y in zip(before, run.everything(), strict=True):
         assert torch.equal(x, y)
     assert not any(torch.equal(p, x) for p, x in zip(params, given, strict=True))
-    assert float(states[0]) == 1
+    assert float(states[0]) == 1 and all(p.grad is g for p, g in zip(params, own, strict=True))
     with pytest.raises(RuntimeError, match="the optimizer that this step was compiled for"):
         torch.ops.deepopt.step(1 << 40, places, given, gradients, states)
 
@@ -243,6 +244,7 @@ class Graphs:
         with pytest.MonkeyPatch.context() as patch, tape:
             note = tape.calls.append
             patch.setattr(native.Launch, "start", lambda launch: note(lambda: launch.start()))
+            patch.delattr(native.Launch, "send")
             run()
 
         def replay() -> None:
@@ -311,6 +313,8 @@ def test_replayed_steps_are_the_plain_ones(name):
     eager, graphed = matrices(rule), matrices(rule, capturable=True)
     graphed.optimizer.capture = graphs = Graphs()
     for i in range(3 * 4):
+        # A step without graphs leaves those that there are as they were.
+        graphed.optimizer.capturable = i != 8
         stepped(eager, i)
         stepped(graphed, i)
         same(eager, graphed)
@@ -320,7 +324,20 @@ def test_replayed_steps_are_the_plain_ones(name):
         assert len(graphs.graphs) < len(patterns)
     else:
         assert len(graphs.graphs) == len(patterns)
-        assert len(graphs.replayed) == len(moments) - len(patterns)
+        assert len(graphs.replayed) == len(moments) - len(patterns) - 1
+
+
+def test_a_part_with_a_context_is_never_captured():
+    rule = rules.PreconditionedMomentum(values="given")
+    runs = matrices(rule), matrices(rule, capturable=True)
+    runs[1].optimizer.capture = graphs = Graphs()
+    for i in range(4):
+        for run in runs:
+            for p in run.model.parameters():
+                run.optimizer.context[p] = {"preconditioner": torch.eye(4) * (1 + i)}
+            stepped(run, i)
+        same(*runs)
+    assert not graphs.graphs
 
 
 def test_replays_round_at_random_by_step_and_copy_gradients_of_another_layout():

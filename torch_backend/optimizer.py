@@ -77,6 +77,9 @@ class Optimizer(torch.optim.Optimizer):
     maximize: step uphill.
     on_nonfinite: "propagate" NaN and Inf gradients into the parameters as torch does, "skip" the
         step (counted in `skipped_steps`), or "raise" naming the parameter.
+    capturable: on a CUDA device, replay the kernels of a step as graphs, one for each set of clocks
+        that tick; schedules work, and gradients must stay where they are: call
+        zero_grad(set_to_none=False). Steps in a graph of yours are refused.
     fused: take the step by kernels over all tensors (docs/performance.md); None where they can be
         had, with a warning once that says why not, True to raise RuntimeError instead.
     precision: of the products of Newton-Schulz iterations in kernels, for float32 steps: "float32",
@@ -318,6 +321,9 @@ class Optimizer(torch.optim.Optimizer):
     @announces_itself
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; returns the closure's loss.
+
+        `torch.compile` takes it as one operator, `deepopt::step`: neither a schedule nor a clock
+        compiles it anew. A closure is called as it stands, and may break the graph.
 
         Raises RuntimeError for sparse gradients, and ValueError where `on_nonfinite="raise"` meets
         a NaN or Inf, where a group has a hyperparameter that its rule cannot have, and where a
