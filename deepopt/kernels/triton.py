@@ -163,10 +163,7 @@ class Triton(Writer):
     def _sweep(self, name: str, sweep: Sweep, stores: dict[str, Expr]) -> str:
         region, t = self.region, self.type
         inputs = [arg for x in sweep.reductions for arg in x.args]
-        used = self._used(
-            (*sweep.before, *sweep.body),
-            (*stores.values(), *inputs),
-        )
+        used = self._used((*sweep.before, *sweep.body), (*stores.values(), *inputs))
         lines = self._kernel(name, "CHUNKS", "t", used)
         lines += [f"        {n} = {e}{note}" for n, e, note in self.statements(sweep.before)]
         loads = {k: x for k, x in region.loads.items() if k not in region.singles and x in used}
@@ -193,17 +190,13 @@ class Triton(Writer):
                 start = f'tl.full([BLOCK], float("-inf"), {t})'
             lines.append(f"        A{places[x]} = {start}")
         lines.append("        for TAIL in tl.static_range(2):")
-        for k in tensors:
-            lines.append(f"            {words[k]}_at = {words[k]}_in.to({self._stored_as(k)})")
-        if tensors:
-            lines.append("            if not TAIL:")
         widths = {k: WIDTHS.get(self.storage.get(k, ""), 2) for k in tensors}
         for k in tensors:
+            at = f"            {words[k]}_at = "
             # As many entries of each tensor at a time: else they would change threads in between.
-            aligned = 16 * widths[k] // max(widths.values())
-            lines.append(
-                f"                {words[k]}_at = tl.multiple_of({words[k]}_at, {aligned})"
-            )
+            hint = f"tl.multiple_of({words[k]}_at, {16 * widths[k] // max(widths.values())})"
+            lines.append(f"{at}{words[k]}_in.to({self._stored_as(k)})")
+            lines.append(f"{at}{words[k]}_at if TAIL else {hint}")
         lines += [
             "            for at in range(lo + n if TAIL else lo, hi if TAIL else lo + n, BLOCK):",
             "                i = at + tl.arange(0, BLOCK)",
@@ -220,8 +213,7 @@ class Triton(Writer):
             if x.op == "sum":
                 inner.append(f"{a} += tl.where(MASK, {value}, 0.0) if TAIL else {value}")
             else:
-                higher = f"({value} > {a}) | ({value} != {value})"
-                inner.append(f"HIGHER = {higher}")
+                inner.append(f"HIGHER = ({value} > {a}) | ({value} != {value})")
                 inner.append(f"{a} = tl.where(HIGHER & MASK if TAIL else HIGHER, {value}, {a})")
         for k, x in stores.items():
             inner += self._store(k, self._number(x), f"{words[k]}_at + i", ", MASK")
