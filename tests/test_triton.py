@@ -41,17 +41,17 @@ SIGNATURE = dict.fromkeys(("TABLE", "ROWS", "SIZES", "FIRST", "OWNER", "PLACES")
 SIGNATURE |= {"VALUES": "*fp64", "PARTIAL": "*fp64", "FOUND_INF": "*fp32"}
 SIGNATURE |= {"CHUNKS": "i32", "ENTRIES": "i32"}
 LENGTHS = {"CHUNK": gpu.GRAIN.chunk, "BLOCK": gpu.GRAIN.block, "SUMS": gpu.GRAIN.sums}
-# Per thread and block of 1024 entries, 8 of each tensor; of two bytes as many at a time as of four.
+# Per thread and block four entries of each tensor, of two bytes as of four.
 NARROW: dict[str, Storage] = {"w": "stochastic", "g": "bfloat16"}
 ACCESSES = [
-    (rules.AdamW(), {}, {"ld.global.v4.b32": 8, "st.global.v4.b32": 6}),
+    (rules.AdamW(), {}, {"ld.global.v4.b32": 4, "st.global.v4.b32": 3}),
     (
         rules.AdamW(),
         NARROW,
-        {"ld.global.v4.b32": 4, "ld.global.v2.b32": 4}
-        | {"st.global.v4.b32": 4, "st.global.v2.b32": 2},
+        {"ld.global.v4.b32": 2, "ld.global.v2.b32": 2}
+        | {"st.global.v4.b32": 2, "st.global.v2.b32": 1},
     ),
-    (rules.M3(), {}, {"ld.global.v4.b32": 8, "st.global.v4.b32": 8}),
+    (rules.M3(), {}, {"ld.global.v4.b32": 4, "st.global.v4.b32": 4}),
 ]
 
 
