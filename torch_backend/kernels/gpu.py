@@ -27,7 +27,7 @@ SLOTS = 3
 class Grain:
     """Entries of a chunk and of a block, partial sums per block, programs per processor.
 
-    Four entries a thread: of eight, AdamW needs 144 registers instead of 56 to 77.
+    Four entries a thread: of eight, AdamW needs 144 registers instead of 71 (Triton 3.9, sm_90).
     """
 
     chunk: int = 1 << 16
