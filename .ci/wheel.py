@@ -23,4 +23,12 @@ for name in sorted(PACKAGES):
     if not (home / "py.typed").is_file():
         sys.exit(f"{name} has no py.typed in the wheel")
 
+# What is not Python is in the wheel too: the runtime of the C kernels.
+torch, torch_backend = map(importlib.import_module, ("torch", "torch_backend"))
+weight = torch.nn.Parameter(torch.ones(8))
+weight.grad = torch.ones(8)
+torch_backend.AdamW([weight], fused=True).step()
+if not bool((weight < 1).all()):
+    sys.exit("the fused step of the wheel does not step")
+
 print(f"{wheel.name} {wheel.version}: {', '.join(sorted(PACKAGES))} imported from the wheel")

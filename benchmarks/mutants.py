@@ -31,6 +31,9 @@ BATTERY = (
     "test_torch_context",
     "test_torch_optimizer",
     "test_torch_checkpoint",
+    "test_kernels",
+    "test_native",
+    "test_fused",
     "test_properties",
     "test_agreement",
     "test_jax_context",
@@ -93,13 +96,13 @@ MUTANTS = (
     ),
     Mutant(
         "stale scalars: a batch reuses those of another step",
-        "torch_backend/optimizer.py",
+        "torch_backend/plain.py",
         'own: dict[str, Any] = {**scalars, "step": float(step)}',
         'own: dict[str, Any] = {**scalars, "step": 1.0}',
     ),
     Mutant(
         "lost dtype: memories of narrow parameters are kept as narrow",
-        "torch_backend/optimizer.py",
+        "torch_backend/seen.py",
         "return torch.float64 if dtype == torch.float64 else torch.float32",
         "return dtype",
     ),
@@ -135,7 +138,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradients are written to",
-        "torch_backend/optimizer.py",
+        "torch_backend/plain.py",
         'donate = ["w", "g", *written] if stacked else written',
         'donate = ["w", "g", *written]',
     ),
@@ -162,6 +165,42 @@ MUTANTS = (
         "deepopt/around.py",
         "replace(t, step=since + 1.0)",
         "t",
+    ),
+    Mutant(
+        "a kernel overwrites a memory that a later stage reads",
+        "deepopt/kernels/plan.py",
+        "if name in due and due[name] < time:",
+        "if name in due and due[name] > time:",
+    ),
+    Mutant(
+        "kernels of C lose a NaN in a maximum",
+        "deepopt/kernels/c.py",
+        "(({0} > {1} || {0} != {0}) ? {0} : {1})",
+        "({0} > {1} ? {0} : {1})",
+    ),
+    Mutant(
+        "only the first chunk of a tensor is summed",
+        "torch_backend/kernels/runtime.c",
+        "if (!l->is_max[r]) total += x;",
+        "if (!l->is_max[r]) total = x;",
+    ),
+    Mutant(
+        "stale addresses: a memory that was replaced is not noticed",
+        "torch_backend/work.py",
+        "return all(map(is_, now, self.kept)) and list(map(_address, now)) == self.pointers",
+        "return True",
+    ),
+    Mutant(
+        "matrices of one parameter are taken from the first",
+        "torch_backend/fused.py",
+        "return first[self.owner] + self.matrix * strides[self.owner]",
+        "return first[self.owner]",
+    ),
+    Mutant(
+        "one draw rounds all entries of a block",
+        "deepopt/kernels/c.py",
+        "draw[j] & 0xffff",
+        "draw[0] & 0xffff",
     ),
 )
 

@@ -174,6 +174,9 @@ class Compiled:
         if x.op in IN_PLACE:
             for position, arg in enumerate(x.args):
                 usable = position == 0 or x.op in TWO_SIDED
+                # Another operand may be a view of what would be overwritten.
+                rest = x.args[:position] + x.args[position + 1 :]
+                usable = usable and all(_storage(y) is not _storage(arg) for y in rest)
                 if usable and arg.shape == x.shape and self._overwritable(arg, i):
                     self._homes[x] = (
                         str(arg["name"]) if arg.op == "input" else self._homes.get(arg, "")

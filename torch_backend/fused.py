@@ -55,11 +55,13 @@ class Member:
     """A parameter to step: what it holds, how it is seen, and the plan of its step.
 
     index: its place among the tensors that change with every step. position: in its group.
+    place: of its first matrix among those of its group; it says what random numbers round it.
     """
 
     p: Tensor
     index: int
     position: int
+    place: int
     state: dict[str, Any]
     seen: Seen
     plan: Plan
@@ -86,10 +88,10 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
-def obstacle(p: Tensor, plan: Plan, whole: bool) -> str:
+def obstacle(p: Tensor, plan: Plan, whole: bool, clocked: bool) -> str:
     """Why a parameter cannot be stepped by kernels; empty where it can be.
 
-    whole: the rule sees it in its own shape.
+    whole: the rule sees it in its own shape. clocked: other steps have other plans.
     """
     if gpu.serves(p.device) or p.device.type != "cpu":
         if why := gpu.obstacle(p.device.type):
@@ -98,9 +100,19 @@ def obstacle(p: Tensor, plan: Plan, whole: bool) -> str:
         return f"its dtype is {p.dtype}; kernels know {', '.join(STORAGE.values())}"
     if type(p) not in (Tensor, torch.nn.Parameter):
         return f"it is a {type(p).__name__}, not a plain tensor"
-    if not p.is_contiguous() and not (whole and not plan.functions and is_dense(p)):
+    if not p.is_contiguous() and not (
+        whole and not clocked and _in_any_order(plan) and is_dense(p)
+    ):
         return f"it is not contiguous (strides {p.stride()} for shape {tuple(p.shape)})"
     return ""
+
+
+def _in_any_order(plan: Plan) -> bool:
+    """Whether the order of a parameter's axes in memory means nothing to a plan."""
+    nodes = (x for r in plan.regions for sweep in r.sweeps for x in sweep.body)
+    moved = any(x.op == "reshape" and x.size > 1 for x in nodes)
+    shapes = {x.shape for r in plan.regions for x in r.loads.values() if x.size > 1}
+    return not moved and not plan.functions and not plan.constants and len(shapes) < 2
 
 
 @dataclass(frozen=True)
@@ -202,7 +214,7 @@ class Part:
         counts = [m.count for m in members]
         self.owner = np.repeat(np.arange(len(members)), counts)
         self.matrix = np.concatenate([np.arange(n) for n in counts])
-        self.places = np.array([m.position for m in members])[self.owner] * 4096 + self.matrix
+        self.places = np.array([m.place for m in members])[self.owner] + self.matrix
         self.buckets: list[Bucket] = []
         for _, group in groupby(members, key=lambda m: id(m.plan)):
             own = list(group)

@@ -475,7 +475,9 @@ class Optimizer(torch.optim.Optimizer):
         scaled = getattr(self, "grad_scale", None) is not None
         work = self._works.get(i)
         if work is None or not work.fits(group, rule, gradients, scaled, how, self.state):
-            work = Work(group, rule, gradients, scaled, how, lambda j: self.name_of(i, j))
+            work = Work(
+                group, rule, gradients, scaled, how, self.state, lambda j: self.name_of(i, j)
+            )
             self._works[i] = work
         return (work if work.params else None), work.rest
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from operator import is_
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from deepopt.kernels.plan import plan
 from deepopt.rule import Rule, trace, turns
@@ -53,6 +55,7 @@ class Work:
         gradients: Sequence[Tensor | None],
         scaled: bool,
         how: How,
+        state: Mapping[Tensor, dict[str, Any]],
         name: Callable[[int], str],
     ) -> None:
         self.rule = rule
@@ -64,6 +67,7 @@ class Work:
         self.rest: list[int] = []
         self.params: list[Tensor] = []
         self.positions: list[int] = []
+        self.places: list[int] = []
         self.seen: list[Seen] = []
         self.gradients: list[torch.dtype] = []
         self._turns = turns([p.shape for p in self.all])
@@ -73,7 +77,7 @@ class Work:
         # Filled by the first step, which makes the state.
         self.states: list[dict[str, Any]] = []
         self.kept: list[Tensor] = []
-        self.pointers: list[int] = []
+        self.layouts: list[Any] = []
         always = rule.ticks(rule.every) | frozenset(rule.clocks())
         live = [
             (i, p, g)
@@ -81,13 +85,19 @@ class Work:
             if g is not None
         ]
         shared = _sharing([p for _, p, _ in live])
+        counts = [seen_of(rule, p.shape, group["seen_as"]).count or 1 for p in self.all]
+        places = list(accumulate(counts, initial=0))
         for j, (position, p, g) in enumerate(live):
-            # The plain path refuses sparse gradients, and an empty tensor needs no kernel.
-            if not p.numel() or g.layout is not torch.strided:
+            # The plain path refuses gradients that are sparse or of another shape, and an empty
+            # tensor needs no kernel.
+            if not p.numel() or g.layout is not torch.strided or g.shape != p.shape:
                 self.rest.append(position)
                 continue
             seen = seen_of(rule, p.shape, group["seen_as"])
-            why = obstacle(p, plan(rule, seen.shape, always), not seen.count) or _unfit(g)
+            own = state.get(p, {})
+            _check_shapes(own, seen, name(position))
+            why = obstacle(p, plan(rule, seen.shape, always), not seen.count, bool(rule.clocks()))
+            why = why or _unfit(g) or _unknown(own, seen)
             if j in shared:
                 why = why or "it shares memory with another parameter"
             if why:
@@ -96,8 +106,10 @@ class Work:
                 continue
             self.params.append(p)
             self.positions.append(position)
+            self.places.append(places[position])
             self.seen.append(seen)
             self.gradients.append(g.dtype)
+        self.layouts = _layouts(self.params)
 
     def _cannot(self, name: str, why: str) -> None:
         if self.how.required:
@@ -122,19 +134,21 @@ class Work:
             return False
         if [g is None for g in gradients] != self.without:
             return False
-        own = [gradients[i] for i in self.positions]
-        if [g.dtype for g in own if g is not None] != self.gradients:
-            return False
+        for i, dtype in zip(self.positions, self.gradients, strict=True):
+            g = gradients[i]
+            if g is None or g.dtype is not dtype or g.layout is not torch.strided:
+                return False
+            if type(g) is not Tensor or g.shape != params[i].shape:
+                return False
         if not self.states:
-            return True
+            return _layouts(self.params) == self.layouts
         found = [state.get(p) for p in self.params]
         if not all(map(is_, found, self.states)):
             return False
-        tensors = [x for s in self.states for x in s.values()]
-        if len(tensors) + len(self.params) != len(self.kept):
+        now = [*self.params, *(x for s in self.states for x in s.values())]
+        if len(now) != len(self.kept) or not all(map(is_, now, self.kept)):
             return False
-        now = [*self.params, *tensors]
-        return all(map(is_, now, self.kept)) and list(map(_address, now)) == self.pointers
+        return _layouts(now) == self.layouts
 
     def moments(self, state: Mapping[Tensor, dict[str, Any]]) -> list[Moment]:
         """The steps to take: parameters that have taken as many go together."""
@@ -163,7 +177,8 @@ class Work:
             ticking = ticks[j % len(ticks)]
             whole = plan(self.rule, seen.shape, ticking, maximize=self.maximize, scaled=self.scaled)
             storage = storages(p, self.gradients[i], state, whole, self.how)
-            found.append(Member(p, i, self.positions[i], state, seen, whole, storage))
+            own = p, i, self.positions[i], self.places[i], state
+            found.append(Member(*own, seen, whole, storage))
         return found
 
     def prepare(self, moments: Sequence[Moment], state: Mapping[Tensor, dict[str, Any]]) -> None:
@@ -180,8 +195,8 @@ class Work:
 
     def reads_norm(self, moments: Sequence[Moment]) -> bool:
         """Whether the norm of all gradients is among the scalars."""
-        ticks = {t for moment in moments for t in moment[2]}
-        return any("gradient_norm" in trace(self.rule, self.seen[0].shape, t).inputs for t in ticks)
+        kinds = {(seen.shape, t) for seen in self.seen for moment in moments for t in moment[2]}
+        return any("gradient_norm" in trace(self.rule, *kind).inputs for kind in kinds)
 
     def run(
         self,
@@ -224,6 +239,8 @@ class Work:
                     if part not in self.graphs:
                         self.graphs[part] = Graph(part)
                     self.graphs[part].run(call, capture)
+        # So that a backward pass that needs the old weights raises.
+        increment_version(p for p in self.params if not p.is_inference())
 
     def _like(self, index: int, g: Tensor | None, fixed: bool) -> Tensor:
         """A gradient, in the order of entries that its parameter has.
@@ -232,6 +249,8 @@ class Work:
         """
         p = self.params[index]
         assert g is not None
+        if g.is_neg() or g._is_zerotensor():
+            g = g.clone()
         if g.stride() == p.stride():
             return g
         copy = self.copies.get(index)
@@ -247,13 +266,16 @@ class Work:
             lay_out(p, state[p], seen, self.how.rounding)
         self.states = [state[p] for p in self.params]
         self.kept = [*self.params, *(x for s in self.states for x in s.values())]
-        self.pointers = list(map(_address, self.kept))
+        self.layouts = _layouts(self.kept)
         self._steps = np.array([s["step"].data_ptr() for s in self.states], np.int64)
 
 
 def lay_out(p: Tensor, own: dict[str, Any], seen: Seen, rounding: Rounding) -> None:
     """Make what state a parameter does not have, and lay it out as the parameter is."""
     remember(p, own, seen)
+    step = own["step"]
+    if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != "cpu":
+        own["step"] = torch.tensor(float(step))
     if rounding == "exact" and p.dtype == torch.bfloat16 and LOW_HALF not in own:
         own[LOW_HALF] = torch.zeros_like(p, dtype=torch.int16)
     for name, x in own.items():
@@ -262,7 +284,26 @@ def lay_out(p: Tensor, own: dict[str, Any], seen: Seen, rounding: Rounding) -> N
             own[name] = torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
-_address = Tensor.data_ptr
+def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
+    """Where tensors lie, and how: what kernels go by."""
+    maps = (Tensor.data_ptr, Tensor.numel, Tensor.stride)
+    return [*(list(map(f, tensors)) for f in maps), [x.dtype for x in tensors]]
+
+
+def _check_shapes(state: Mapping[str, Any], seen: Seen, what: str) -> None:
+    """Raise ValueError where a memory is not as large as its parameter wants it now."""
+    for name, (_, stored) in seen.memories.items():
+        if name in state and state[name].shape != stored:
+            raise ValueError(
+                f"the memory {name} of {what} has shape {tuple(state[name].shape)}; it should be "
+                f"{tuple(stored)}: a parameter that changes its shape needs new state"
+            )
+
+
+def _unknown(state: Mapping[str, Any], seen: Seen) -> str:
+    """Why memories of a parameter are nothing for kernels; empty where they are."""
+    dtypes = {k: state[k].dtype for k in seen.memories if k in state}
+    return next((f"its memory {k} is {x}" for k, x in dtypes.items() if x not in STORAGE), "")
 
 
 def _laid_out(x: Tensor, p: Tensor) -> bool:

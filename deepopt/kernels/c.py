@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from deepopt.expr import Expr
 from deepopt.kernels.plan import REDUCTIONS, Sweep, filling
-from deepopt.kernels.source import LOW, Writer, identifier
+from deepopt.kernels.source import BOOLEAN, LOW, Writer
 
 TYPES = {"float64": "double", "float32": "float"}
 WIDE = frozenset(TYPES)
@@ -28,14 +28,20 @@ OPERATIONS = {
     "sign": "({0} != {0} ? {0} : ({T}) (({0} > 0) - ({0} < 0)))",
     "absolute": "fabs{f}({0})",
     "floor": "floor{f}({0})",
-    "maximum": "(({0} > {1} || {0} != {0}) ? {0} : {1})",
-    "minimum": "(({0} < {1} || {0} != {0}) ? {0} : {1})",
+    "maximum": "((({0} > {1}) | ({0} != {0})) ? {0} : {1})",
+    "minimum": "((({0} < {1}) | ({0} != {0})) ? {0} : {1})",
     "less": "({0} < {1})",
     "less_equal": "({0} <= {1})",
     "equal": "({0} == {1})",
     "where": "({0} ? {1} : {2})",
     "reshape": "{0}",
     "stop_gradient": "{0}",
+}
+
+# The same beside a scalar, which is no NaN: compilers vectorise no chain of the longer form.
+CLAMPS = {
+    "maximum": "({0} < {1} ? {1} : {0})",
+    "minimum": "({0} > {1} ? {1} : {0})",
 }
 
 PRELUDE = """\
@@ -46,7 +52,7 @@ PRELUDE = """\
 #define BLOCK 1024
 
 // What a sweep is given: addresses of tensors, parameters, sums of earlier sweeps; the key of the
-// random numbers that round weights, 0 for none, and the weights' place in the whole.
+// random numbers that round weights, and the step and the weights' place in the whole.
 typedef struct { void *const *tensors; const double *parameters; const double *sums;
                  uint32_t key[2]; uint32_t counter[2]; } deepopt_entry;
 """
@@ -130,7 +136,9 @@ EXACT = """\
 static inline void from_exact(float *restrict out, const uint16_t *restrict high,
                               const uint16_t *restrict low, int n) {
   for (int i = 0; i < n; i++) {
-    const uint32_t bits = ((uint32_t) high[i] << 16) + low[i] - ((uint32_t) (low[i] >> 15) << 16);
+    const uint32_t both = ((uint32_t) high[i] << 16) + low[i] - ((uint32_t) (low[i] >> 15) << 16);
+    // Weights that somebody else has written since have no low half.
+    const uint32_t bits = (both + 0x8000) >> 16 == high[i] ? both : (uint32_t) high[i] << 16;
     memcpy(out + i, &bits, 4);
   }
 }
@@ -166,7 +174,16 @@ class C(Writer):
 
     def spelled(self, x: Expr, args: Sequence[str]) -> str:
         f = "f" if self.single_precision else ""
-        return self.operations[x.op].format(*args, T=self.type, f=f, one=self.literal(1.0))
+        text = self.operations[x.op]
+        # A truth value is an int, which would divide as one.
+        args = [
+            f"(({self.type}) {text})" if arg.op in BOOLEAN and (x.op, i) != ("where", 0) else text
+            for i, (arg, text) in enumerate(zip(x.args, args, strict=True))
+        ]
+        if x.op in CLAMPS and not all(arg.shape for arg in x.args):
+            text = CLAMPS[x.op]
+            args = args if x.args[0].shape else args[::-1]
+        return text.format(*args, T=self.type, f=f, one=self.literal(1.0))
 
     def source(self) -> str:
         """The whole file."""
@@ -248,7 +265,7 @@ class C(Writer):
         lines += [] if peaks else ["    " + " ".join(simd)]
         lines.append("    for (int i = 0; i < n; i++) {")
         for tensor, x in loads.items():
-            lines.append(f"      const {t} {self.name(x)} = ({t}) {identifier(tensor)}_at[i];")
+            lines.append(f"      const {t} {self.name(x)} = ({t}) {self.word(tensor)}_at[i];")
         lines += [f"      const {t} {n} = {e};{note}" for n, e, note in self.statements(sweep.body)]
         for x in sweep.reductions:
             a, value = f"a{places[x]}", f"(double) {self.value(x.args[0])}"
@@ -257,7 +274,7 @@ class C(Writer):
             else:
                 lines.append(f"      {a} = ({value} > {a} || {value} != {value}) ? {value} : {a};")
         for tensor, x in stores.items():
-            lines.append(f"      {identifier(tensor)}_at[i] = {self.value(x)};")
+            lines.append(f"      {self.word(tensor)}_at[i] = {self.value(x)};")
         lines.append("    }")
         lines += [line for tensor in stores for line in self._close(tensor)]
         lines.append("  }")
@@ -266,7 +283,7 @@ class C(Writer):
 
     def _open(self, tensor: str, loaded: bool) -> list[str]:
         """A pointer to the entries of a block, which for narrow tensors is a wide copy."""
-        kind, word = self.storage[tensor], identifier(tensor)
+        kind, word = self.storage[tensor], self.word(tensor)
         at = f"entry->tensors[{self.tensors.index(tensor)}]"
         if kind in WIDE:
             return [f"    {TYPES[kind]} *restrict {word}_at = ({TYPES[kind]} *) {at} + at;"]
@@ -278,7 +295,7 @@ class C(Writer):
 
     def _close(self, tensor: str) -> list[str]:
         """Write back what narrow tensors have got."""
-        kind, word = self.storage[tensor], identifier(tensor)
+        kind, word = self.storage[tensor], self.word(tensor)
         if kind in WIDE:
             return []
         at = f"(uint16_t *) entry->tensors[{self.tensors.index(tensor)}] + at"
@@ -301,7 +318,7 @@ class C(Writer):
             if kind in WIDE:
                 lines.append(f"  *({TYPES[kind]} *) {at} = {self.value(x)};")
             else:
-                word = identifier(tensor)
+                word = self.word(tensor)
                 lines.append(f"  const float {word}_new = (float) {self.value(x)};")
                 lines.append(f"  to_{kind}({at}, &{word}_new, 1);")
         return "\n".join([*lines, "}", ""])

@@ -40,7 +40,7 @@ def scalar_function(scalars: tuple[Expr, ...]) -> Scalars:
             case "input":
                 text = f"number(given[{x['name']!r}])"
             case "constant":
-                text = f"number({x['value']!r})"
+                text = f"number('{x['value']!r}')"
             case op if op in OPERATORS:
                 text = OPERATORS[op].format(*args)
             case op:

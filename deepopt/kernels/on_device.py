@@ -83,7 +83,10 @@ def _stochastic(a, at, STEP, PLACE, K0, K1, BLOCK: tl.constexpr):
 def _joined(high, low):
     """The float32 of a bfloat16, half away from zero, and the 16 bits that are left."""
     below = low.to(tl.uint32)
-    bits = (high.to(tl.uint32) << 16) + below - ((below >> 15) << 16)
+    above = high.to(tl.uint32)
+    both = (above << 16) + below - ((below >> 15) << 16)
+    # Weights that somebody else has written since have no low half.
+    bits = tl.where((both + 0x8000) >> 16 == above, both, above << 16).to(tl.uint32)
     return bits.to(tl.float32, bitcast=True)
 
 

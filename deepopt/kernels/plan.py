@@ -8,7 +8,7 @@ transposes, sums along one axis - is left to whole-matrix functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
@@ -220,6 +220,8 @@ class _Planner:
             return
         self.time[x] = max([0, *(t + t % 2 for t in times)])
         spaces = [self.space[arg] for arg in (*full, *args) if arg in self.space]
+        if self._is_full(x):
+            spaces = [x.size, *spaces]
         if not spaces:
             return
         self.space[x] = spaces[0]
@@ -235,6 +237,9 @@ class _Planner:
 
     def _is_elementwise(self, x: Expr, full: Sequence[Expr]) -> bool:
         if x.op in MATRIX or x.op == "call" or (x.op in SAME and x.args[0] in self.matrix):
+            return False
+        if x.op in REDUCTIONS and self.one:
+            # Beside a parameter of one entry nothing is single.
             return False
         if x.op in REDUCTIONS:
             axes = x["axes"]
@@ -317,30 +322,37 @@ class _Planner:
 
     def _closure(self, roots: Iterable[Expr], due: Mapping[str, int], time: int) -> list[Expr]:
         """The shaped nodes below roots down to what is loaded, arguments first."""
-        order: dict[Expr, None] = {}
 
-        def visit(x: Expr) -> None:
-            if x in order or not x.shape:
-                return
-            there = self._cut(x, due, time) or x in self.matrix or self._is_past(x, time)
-            if not there:
-                for arg in x.args:
-                    visit(arg)
-            order[x] = None
+        def there(x: Expr) -> bool:
+            return bool(self._cut(x, due, time)) or x in self.matrix or self._is_past(x, time)
 
-        for root in roots:
-            visit(root)
-        return list(order)
+        return _below(roots, there)
+
+    def _spaces(self, roots: Mapping[str, Expr]) -> dict[int, dict[str, Expr]]:
+        """What is stored at one time, by the size of the arrays that it goes along with."""
+        sizes = {n: self.space.get(x, 0) if self._single(x) else x.size for n, x in roots.items()}
+        spaces: dict[int, dict[str, Expr]] = {}
+        for name, x in roots.items():
+            # What depends on no array at all goes along with the largest.
+            spaces.setdefault(sizes[name] or max(sizes.values()), {})[name] = x
+        return spaces
 
     def _read_late(self, due: Mapping[str, int], needed: Iterable[Expr]) -> dict[str, int]:
-        """Outputs written while a later kernel still reads what was there, and that time."""
+        """When outputs may be written that a kernel beside or after their own still reads."""
         late: dict[str, int] = {}
         for time in self._times(due, needed):
-            roots = self._roots(due, needed, time).values()
-            for x in self._closure(roots, due, time):
-                name = str(x["name"]) if x.op == "input" else ""
-                if name in due and due[name] < time:
-                    late[name] = max(time, late.get(name, 0))
+            for stored in self._spaces(self._roots(due, needed, time)).values():
+                for x in self._closure(stored.values(), due, time):
+                    name = str(x["name"]) if x.op == "input" else ""
+                    if (
+                        name not in due
+                        or due[name] > time
+                        or (due[name] == time and name in stored)
+                    ):
+                        continue
+                    # Kernels of one time run in some order.
+                    then = time + 2 if due[name] == time else time
+                    late[name] = max(then, late.get(name, 0))
         return late
 
     def _staged(self, due: Mapping[str, int], needed: Sequence[Expr]) -> Plan:
@@ -350,14 +362,7 @@ class _Planner:
             if time % 2:
                 stages.append(self._functions(time, needed))
                 continue
-            roots = self._roots(due, needed, time)
-            spaces: dict[int, dict[str, Expr]] = {}
-            sizes = {
-                n: self.space.get(x, 0) if self._single(x) else x.size for n, x in roots.items()
-            }
-            for name, x in roots.items():
-                # What depends on no array at all goes along with the largest.
-                spaces.setdefault(sizes[name] or max(sizes.values()), {})[name] = x
+            spaces = self._spaces(self._roots(due, needed, time))
             stages.append(tuple(self._region(n, r, due, time) for n, r in spaces.items()))
         return Plan(tuple(stages), {k: x.shape for x, k in self.values.items()}, self.constants)
 
@@ -415,19 +420,24 @@ class _Planner:
 
     def _within(self, roots: Iterable[Expr], cuts: Mapping[Expr, str]) -> list[Expr]:
         """The nodes below roots, not below loads or reductions: those are there already."""
-        order: dict[Expr, None] = {}
+        return _below(roots, lambda x: bool(cuts[x]) or x.op in REDUCTIONS)
 
-        def visit(x: Expr) -> None:
-            if x in order or not x.shape:
-                return
-            if not cuts[x] and x.op not in REDUCTIONS:
-                for arg in x.args:
-                    visit(arg)
+
+def _below(roots: Iterable[Expr], there: Callable[[Expr], bool]) -> list[Expr]:
+    """The shaped nodes below roots, arguments first, and none below those that are there."""
+    order: dict[Expr, None] = {}
+    seen: set[Expr] = set()
+    stack = [(root, False) for root in reversed(list(roots))]
+    while stack:
+        x, ready = stack.pop()
+        if ready:
             order[x] = None
-
-        for root in roots:
-            visit(root)
-        return list(order)
+        elif x not in seen and x.shape:
+            seen.add(x)
+            stack.append((x, True))
+            if not there(x):
+                stack.extend((arg, False) for arg in reversed(x.args))
+    return list(order)
 
 
 def _is_filled(x: Expr) -> bool:

@@ -22,17 +22,23 @@ BOOLEAN = frozenset({"less", "less_equal", "equal"})
 RESERVED = frozenset(
     "auto break case char const default do double enum extern float goto inline int long register "
     "restrict short signed sizeof static struct switch typedef union unsigned void volatile "
-    "i n lo hi at t tl entry BLOCK sums exp log sqrt tanh pow floor y0 y1 j0 j1 gamma range".split()
+    "acc asm linux unix typeof i n lo hi at t tl entry BLOCK sums exp log sqrt tanh pow floor "
+    "y0 y1 j0 j1 gamma range".split()
 )
 LOW = "w low"
+# Variables that kernels make up themselves.
+OURS = r"[acstx]\d+.*|.*_(at|in|new|wide|t|nearest)"
 
 
-def identifier(name: str) -> str:
-    """The name of a tensor as that of a variable."""
-    word = re.sub(r"\W", "_", name)
-    word = word if word[:1].isalpha() or word[:1] == "_" else f"_{word}"
-    taken = word in RESERVED or keyword.iskeyword(word) or re.fullmatch(r"[cxs]\d+", word)
-    return f"{word}_" if taken else word
+def _words(tensors: Sequence[str]) -> dict[str, str]:
+    """The names of tensors as those of variables: as they are where nothing else has that name."""
+    words: dict[str, str] = {}
+    for i, name in enumerate(tensors):
+        word = re.sub(r"\W", "_", name)
+        plain = re.fullmatch(r"[a-z]\w*[a-z\d]", word) and not re.fullmatch(OURS, word)
+        taken = word in RESERVED or keyword.iskeyword(word) or word in words.values()
+        words[name] = word if (plain or word in ("w", "g")) and not taken else f"t{i}_{word}"
+    return words
 
 
 class Writer(ABC):
@@ -59,7 +65,8 @@ class Writer(ABC):
         self.comments = comments
         self.tensors = (*region.tensors, *([LOW] if "exact" in storage.values() else []))
         self._names: dict[Expr, str] = {x: f"s{i}" for i, x in enumerate(region.reductions)}
-        self._names |= {x: identifier(name) for name, x in region.loads.items()}
+        self._words = _words([*region.tensors, LOW])
+        self._names |= {x: self._words[name] for name, x in region.loads.items()}
         self._names |= {x: f"c{i}" for i, x in enumerate(region.parameters)}
         self._computed = 0
 
@@ -70,6 +77,10 @@ class Writer(ABC):
     @abstractmethod
     def source(self) -> str:
         """The whole text."""
+
+    def word(self, tensor: str) -> str:
+        """The name of a tensor as part of variables."""
+        return self._words[tensor]
 
     def name(self, x: Expr) -> str:
         """The variable of a node."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deepopt.expr import Expr
 from deepopt.kernels.plan import REDUCTIONS, Sweep, filling
-from deepopt.kernels.source import BOOLEAN, LOW, Writer, identifier
+from deepopt.kernels.source import BOOLEAN, LOW, Writer
 
 # Square roots and quotients of float32 are rounded to the nearest, as everywhere else.
 OPERATIONS = {
@@ -169,7 +169,7 @@ class Triton(Writer):
         loads = {k: x for k, x in region.loads.items() if k not in region.singles and x in used}
         tensors = [*dict.fromkeys((*loads, *stores))]
         tensors += [LOW] if any(self.storage[k] == "exact" for k in tensors) else []
-        words = {k: identifier(k) for k in tensors}
+        words = {k: self.word(k) for k in tensors}
         random = any(self.storage[k] == "stochastic" for k in stores)
         lines += [
             "        lo = (t - tl.load(FIRST + entry)) * CHUNK",
@@ -225,7 +225,7 @@ class Triton(Writer):
         return "\n".join([*lines, ""])
 
     def _low(self, text: str) -> str:
-        return text.format(f"{identifier(LOW)}_at + i")
+        return text.format(f"{self.word(LOW)}_at + i")
 
     def _store(self, tensor: str, value: str, at: str, mask: str = "") -> list[str]:
         """Lines that write a value of the arithmetic's type; widths that differ are rounded."""

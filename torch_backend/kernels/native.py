@@ -158,9 +158,6 @@ class _Build:
                 raise Unavailable(f"{compiler()[0]} failed on a kernel:\n{lines}")
             place = folder() / self.key
             place.mkdir(mode=0o700, exist_ok=True)
-            for old in place.glob("*.so"):
-                # It could not be loaded, or another process has just made the same.
-                old.unlink(missing_ok=True)
             digest = hashlib.sha256(self.out.read_bytes()).hexdigest()
             os.replace(self.out, place / f"{digest}.so")
         if not _load(self.key):

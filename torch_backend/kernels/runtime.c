@@ -32,7 +32,6 @@ typedef struct {
   uint32_t key[2], step;
 } deepopt_launch;
 
-#define MOST_TENSORS 64
 #define MOST_THREADS 256
 
 typedef void (*task)(const deepopt_launch *, int64_t);
@@ -133,7 +132,7 @@ static void spread(const deepopt_launch *launch, task work, int64_t count) {
 
 static void run(const deepopt_launch *l, sweep_function function, int64_t entry, int64_t chunk,
                 int64_t lo, int64_t hi) {
-  void *tensors[MOST_TENSORS];
+  void *tensors[l->tensors + 1];
   for (int64_t t = 0; t < l->tensors; t++) tensors[t] = l->table[t * l->entries + entry];
   const deepopt_entry e = {tensors, l->values + l->row[entry] * l->parameters,
                            l->sums + entry * l->reductions, {l->key[0], l->key[1]},
