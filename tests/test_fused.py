@@ -7,7 +7,7 @@ from cases import CASES, Case, contexts, stream
 from torch import nn
 
 from deepopt import Memories, Retention, Rule, Slot, Time, Update, rules
-from deepopt.expr import Expr, absolute, max_, maximum, sign, sqrt, sum_
+from deepopt.expr import Expr, absolute, array, max_, maximum, minimum, sign, sqrt, sum_, tanh
 from deepopt.functions import norm
 from torch_backend import Optimizer
 
@@ -308,3 +308,187 @@ def test_a_rule_of_a_users_own_is_fused(dtype):
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2.0**-6}[dtype]
     for one, two in zip(*found, strict=True):
         near(one, two, tolerance, "weights")
+
+
+# Plans that could be wrong
+
+
+def rule_of(slots, update, **fields) -> Rule:
+    """A rule for matrices with these memories, by name: shape or slot, and this update."""
+
+    class Given(Rule):
+        """A rule of a test."""
+
+        domain = "matrix"
+
+        def slots(self, shape: tuple[int, ...]) -> dict[str, Slot]:
+            return slots(shape)
+
+        def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+            return update(g, s, t)
+
+    return Given(**{"lr": 0.1, **fields})
+
+
+def size_and_row(first: bool):
+    """A number and a column, of which the one is made with the other's old value."""
+
+    def slots(shape):
+        return {"size": Slot((1, 1), value=1.0), "row": Slot((shape[0], 1), value=1.0)}
+
+    def update(g, s, t):
+        new = {"size": s["size"] * 2.0 + sum_(g * g), "row": s["row"] * s["size"]}
+        return g * s["size"], new if first else dict(reversed(new.items()))
+
+    return rule_of(slots, update)
+
+
+def deep(g, s, t):
+    for _ in range(600):
+        g = tanh(g) + 0.001 * s["m"]
+    return g, {"m": 0.9 * s["m"] + g}
+
+
+def many(g, s, t):
+    new = {k: 0.5 * x + g for k, x in s.items()}
+    return sum(new.values(), start=g), new
+
+
+AWKWARD = {
+    "a number is overwritten beside a kernel that reads it": size_and_row(True),
+    "the same in another order": size_and_row(False),
+    "a number spread over a column": rule_of(
+        lambda shape: {"row": Slot((shape[0], 1))},
+        lambda g, s, t: (g, {"row": array("full", (g.shape[0], 1), 1.0) * norm(g)}),
+    ),
+    "a column beside a parameter of one entry": rule_of(
+        lambda shape: {"h": Slot((5, 1), value=1.0)},
+        lambda g, s, t: (g * sum_(0.9 * s["h"]) + max_(s["h"]), {"h": 0.9 * s["h"]}),
+    ),
+    "infinity": rule_of(
+        lambda shape: {}, lambda g, s, t: (minimum(g, float("inf")) * (g < float("inf")), {})
+    ),
+    "truth values divide": rule_of(
+        lambda shape: {}, lambda g, s, t: (g * ((g > 0.0) / (g > -9.0)), {})
+    ),
+    "a norm for some shapes": rule_of(
+        lambda shape: {}, lambda g, s, t: (g * t.norm if g.shape[0] > 1 else g, {})
+    ),
+    "names of C": rule_of(
+        lambda shape: {k: Slot(shape) for k in ("g_at", "acc", "linux", "asm", "x1", "a b", "a_b")},
+        many,
+    ),
+    "a number named as C's": rule_of(
+        lambda shape: {k: Slot((1, 1)) for k in ("acc", "hi", "sums")},
+        lambda g, s, t: (g, {k: x + sum_(g) for k, x in s.items()}),
+    ),
+    "more tensors than registers": rule_of(
+        lambda shape: {f"m{i}": Slot(shape) for i in range(90)}, many
+    ),
+    "a deep graph": rule_of(lambda shape: {"m": Slot(shape)}, deep),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_rules(name):
+    torch.manual_seed(0)
+    starts = [torch.randn(s, dtype=torch.float64) for s in ((1, 1), (3, 4), (1, 5), (50, 2))]
+    gradients = [[torch.randn_like(x) for x in starts] for _ in range(4)]
+    found = []
+    for fused in (False, True):
+        params = [nn.Parameter(x.clone()) for x in starts]
+        optimizer = Optimizer(params, AWKWARD[name], fused=fused)
+        for several in gradients:
+            for p, g in zip(params, several, strict=True):
+                p.grad = g
+            optimizer.step()
+        found.append([*params, *(x for s in optimizer.state.values() for x in s.values())])
+    for one, two in zip(*found, strict=True):
+        near(one, two, 1e-13, "weights or state")
+
+
+# What kernels must notice
+
+
+def adamw_pair(*tensors: torch.Tensor) -> tuple[list[nn.Parameter], Optimizer]:
+    params = [nn.Parameter(x) for x in tensors]
+    optimizer = Optimizer(params, rules.AdamW(lr=0.1), fused=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return params, optimizer
+
+
+def test_a_parameter_that_changes_its_shape_is_refused():
+    (p,), optimizer = adamw_pair(torch.ones(16))
+    p.grad = None
+    p.data = torch.ones(3000)
+    p.grad = torch.ones(3000)
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 .* has shape \(16,\); it should"):
+        optimizer.step()
+    base = torch.ones(16)
+    (q,), optimizer = adamw_pair(base)
+    q.grad, q.data = None, q.data[:4]
+    q.grad = torch.ones(4)
+    with pytest.raises(ValueError, match="has shape"):
+        optimizer.step()
+
+
+def test_a_parameter_whose_axes_are_swapped_in_place():
+    (p,), optimizer = adamw_pair(torch.arange(16.0).reshape(4, 4))
+    before, g = p.detach().clone(), torch.zeros(4, 4)
+    p.grad, p.data = None, p.data.t()
+    g[0, 1] = 1.0
+    p.grad = g
+    optimizer.step()
+    moved = (p.detach() - before.t()).abs()
+    assert moved[0, 1] > moved[1, 0]
+
+
+def test_state_of_another_kind():
+    for step in (torch.tensor(1), 1, torch.tensor(1.0, dtype=torch.float64)):
+        (p,), optimizer = adamw_pair(torch.ones(4))
+        optimizer.state[p]["step"] = step
+        optimizer.step()
+        assert float(optimizer.state[p]["step"]) == 2.0
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].to(torch.int8)
+    with pytest.raises(RuntimeError, match=r"cannot step parameter 0 .*: its memory exp_avg is"):
+        optimizer.step()
+
+
+def test_gradients_that_are_views_of_a_kind():
+    (p, q), optimizer = adamw_pair(torch.zeros(4), torch.zeros(4))
+    p.grad, q.grad = torch._neg_view(torch.ones(4)), torch.full((4,), -1.0)
+    optimizer.step()
+    assert torch.equal(p, q)
+    p.grad = torch._efficientzerotensor((4,))
+    q.grad = torch.zeros(4)
+    optimizer.step()
+    assert torch.equal(p, q)
+    p.grad = torch.ones(4).to_sparse()
+    before = [x.detach().clone() for x in (p, q)]
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        optimizer.step()
+    assert all(map(torch.equal, (p, q), before))
+
+
+def test_a_step_invalidates_what_autograd_has_saved():
+    (p,), optimizer = adamw_pair(torch.ones(4))
+    loss = (p * p).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_weights_that_are_written_by_others_lose_their_low_half():
+    p = nn.Parameter(torch.randn(64).to(torch.bfloat16))
+    optimizer = Optimizer([p], rules.SGD(lr=0.01), fused=True, rounding="exact")
+    for _ in range(2):
+        p.grad = torch.randn(64).to(torch.bfloat16)
+        optimizer.step()
+    with torch.no_grad():
+        p.mul_(torch.arange(64) % 2)
+    before = p.detach().clone()
+    p.grad = torch.zeros(64).to(torch.bfloat16)
+    optimizer.step()
+    assert torch.equal(p[::2], before[::2]) and bool(p.isfinite().all())

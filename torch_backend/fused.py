@@ -387,7 +387,8 @@ def build(members: Sequence[Member]) -> list[list[list[Kernel]]]:
     Raises native.Unavailable.
     """
     written: dict[Any, list[list[C | Triton]]] = {}
-    keys = [(id(m.plan), tuple(m.storage.items()), m.p.device) for m in members]
+    # Members that are alike share plan and storage.
+    keys = [(id(m.plan), id(m.storage), m.p.device) for m in members]
     for m, key in zip(members, keys, strict=True):
         if key not in written:
             written[key] = [_written(m, stage) for stage in m.plan.stages]
@@ -398,7 +399,8 @@ def build(members: Sequence[Member]) -> list[list[list[Kernel]]]:
             built |= zip(map(id, c), native.kernels(c), strict=True)
         if other := [x for x in own if isinstance(x, Triton)]:
             built |= zip(map(id, other), gpu.kernels(other, device), strict=True)
-    return [[[built[id(x)] for x in stage] for stage in written[key]] for key in keys]
+    found = {k: [[built[id(x)] for x in stage] for stage in v] for k, v in written.items()}
+    return [found[key] for key in keys]
 
 
 def _written(m: Member, stage: Sequence[Region] | Program) -> list[C | Triton]:
@@ -416,16 +418,15 @@ def _written(m: Member, stage: Sequence[Region] | Program) -> list[C | Triton]:
 def parts(members: Sequence[Member]) -> list[Part]:
     """The members in parts: those with the same kernels, and not too much between stages."""
     groups: dict[Any, list[tuple[Member, list[list[Kernel]]]]] = {}
+    signatures: dict[tuple[int, int], Any] = {}
     for m, kernels in zip(members, build(members), strict=True):
-        # Plans of other shapes may pass other values between the same kernels.
-        passed = tuple(
-            (
-                *((f.inputs, *f.outputs) for f in m.plan.functions),
-                *(r.tensors for r in m.plan.regions),
-            )
-        )
-        signature = (*(tuple(map(id, stage)) for stage in kernels), passed)
-        groups.setdefault(signature, []).append((m, kernels))
+        key = id(m.plan), id(kernels)
+        if key not in signatures:
+            # Plans of other shapes may pass other values between the same kernels.
+            passed = [(f.inputs, *f.outputs) for f in m.plan.functions]
+            stages = [tuple(map(id, stage)) for stage in kernels]
+            signatures[key] = (*stages, *passed, *(r.tensors for r in m.plan.regions))
+        groups.setdefault(signatures[key], []).append((m, kernels))
     found: list[Part] = []
     for group in groups.values():
         order = {id(m.plan): i for i, (m, _) in reversed([*enumerate(group)])}

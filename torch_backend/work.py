@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from deepopt.kernels.plan import plan
+from deepopt.kernels.plan import Plan, plan
+from deepopt.kernels.source import Storage
 from deepopt.rule import Rule, trace, turns
 from torch_backend.fused import (
     LOW_HALF,
@@ -70,6 +71,7 @@ class Work:
         self.places: list[int] = []
         self.seen: list[Seen] = []
         self.gradients: list[torch.dtype] = []
+        self._plans: dict[tuple[Seen, frozenset[str]], Plan] = {}
         self._turns = turns([p.shape for p in self.all])
         self.variants: dict[Any, list[Part]] = {}
         self.graphs: dict[Part, Graph] = {}
@@ -96,7 +98,7 @@ class Work:
             seen = seen_of(rule, p.shape, group["seen_as"])
             own = state.get(p, {})
             _check_shapes(own, seen, name(position))
-            why = obstacle(p, plan(rule, seen.shape, always), not seen.count, bool(rule.clocks()))
+            why = obstacle(p, self._plan(seen, always), not seen.count, bool(rule.clocks()))
             why = why or _unfit(g) or _unknown(own, seen)
             if j in shared:
                 why = why or "it shares memory with another parameter"
@@ -169,16 +171,27 @@ class Work:
         turn = [self._turns[self.positions[i]] for i in members]
         return step, members, tuple(self.rule.ticks(step, x) for x in turn)
 
+    def _plan(self, seen: Seen, ticking: frozenset[str]) -> Plan:
+        """The plan of a step as a rule sees a parameter, looked up once for all that are alike."""
+        key = seen, ticking
+        if key not in self._plans:
+            options = {"maximize": self.maximize, "scaled": self.scaled}
+            self._plans[key] = plan(self.rule, seen.shape, ticking, **options)
+        return self._plans[key]
+
     def _members(self, moment: Moment, states: Sequence[dict[str, Any]]) -> list[Member]:
         _, members, ticks = moment
+        known: dict[Any, dict[str, Storage]] = {}
         found: list[Member] = []
         for j, i in enumerate(members):
             p, seen, state = self.params[i], self.seen[i], states[i]
-            ticking = ticks[j % len(ticks)]
-            whole = plan(self.rule, seen.shape, ticking, maximize=self.maximize, scaled=self.scaled)
-            storage = storages(p, self.gradients[i], state, whole, self.how)
+            whole = self._plan(seen, ticks[j % len(ticks)])
+            dtypes = tuple([state[k].dtype for k in seen.memories if k in state])
+            key = id(whole), p.dtype, p.device, self.gradients[i], dtypes
+            if key not in known:
+                known[key] = storages(p, self.gradients[i], state, whole, self.how)
             own = p, i, self.positions[i], self.places[i], state
-            found.append(Member(*own, seen, whole, storage))
+            found.append(Member(*own, seen, whole, known[key]))
         return found
 
     def prepare(self, moments: Sequence[Moment], state: Mapping[Tensor, dict[str, Any]]) -> None:

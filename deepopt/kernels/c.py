@@ -138,7 +138,8 @@ static inline void from_exact(float *restrict out, const uint16_t *restrict high
   for (int i = 0; i < n; i++) {
     const uint32_t both = ((uint32_t) high[i] << 16) + low[i] - ((uint32_t) (low[i] >> 15) << 16);
     // Weights that somebody else has written since have no low half.
-    const uint32_t bits = (both + 0x8000) >> 16 == high[i] ? both : (uint32_t) high[i] << 16;
+    const int ours = ((both + 0x8000) >> 16 == high[i]) & (both >> 31 == high[i] >> 15);
+    const uint32_t bits = ours ? both : (uint32_t) high[i] << 16;
     memcpy(out + i, &bits, 4);
   }
 }

@@ -86,7 +86,8 @@ def _joined(high, low):
     above = high.to(tl.uint32)
     both = (above << 16) + below - ((below >> 15) << 16)
     # Weights that somebody else has written since have no low half.
-    bits = tl.where((both + 0x8000) >> 16 == above, both, above << 16).to(tl.uint32)
+    ours = ((both + 0x8000) >> 16 == above) & (both >> 31 == above >> 15)
+    bits = tl.where(ours, both, above << 16).to(tl.uint32)
     return bits.to(tl.float32, bitcast=True)
 
 
