@@ -159,7 +159,8 @@ class Stepper:
         """The positions of the leaves whose clocks tick together, by their shift in updates."""
         cycle = lcm(*self.rule.clocks().values()) if self.rule.stagger else 1
         phases: dict[int, list[int]] = {}
-        turn = turns([jnp.shape(g) if w is None else jnp.shape(w) for w, g, _ in leaves])
+        arrays = (g if w is None else w for w, g, _ in leaves)
+        turn = turns([() if is_absent(x) else jnp.shape(x) for x in arrays])
         for i, (_, g, _) in enumerate(leaves):
             if g is not None and jnp.size(g):
                 phases.setdefault(turn[i] % cycle, []).append(i)

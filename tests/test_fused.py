@@ -63,8 +63,12 @@ def step(optimizer: Optimizer, params: list[nn.Parameter], gradients, context, i
     optimizer.step()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Every switch in three precisions; in the fourth, which differs in a conversion, every rule.
+FIRST = {type(case.rule): case for case in reversed(CASES)}
+PAIRS = [(c, d) for c in CASES for d in DTYPES if d != "float16" or FIRST[type(c.rule)] is c]
+
+
+@pytest.mark.parametrize(("case", "dtype"), PAIRS, ids=str)
 def test_the_fused_step_is_the_plain_one(case, dtype):
     kind, tolerance = DTYPES[dtype]
     tolerance *= 100 if DIVERGES in str(case) else 1

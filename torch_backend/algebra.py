@@ -18,7 +18,8 @@ IN_PLACE = {"add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "exp", "log", "s
 TWO_SIDED = {"add", "mul"}
 VIEWS = {"transpose", "reshape", "stop_gradient"}
 # Values that nobody may write into: shared constants, and truth values, which hold no numbers.
-READ_ONLY = {"array", "constant", "less", "less_equal", "equal"}
+TRUTHS = {"less", "less_equal", "equal"}
+READ_ONLY = {"array", "constant", *TRUTHS}
 
 
 class Torch(Arrays[Any]):
@@ -252,7 +253,18 @@ def _native(
         return lambda: value
     if x.op in ("constant", "sum", "max", "reshape", "call"):
         return lambda *args: apply(algebra, x, args)
-    return getattr(algebra, x.op)
+    operation = getattr(algebra, x.op)
+    truths = [arg.op in TRUTHS for arg in x.args]
+    if x.op == "where" or not any(truths):
+        return operation
+    # Of truth values torch would make numbers of its default dtype.
+    dtype = algebra.dtype if isinstance(algebra, Torch) else None
+    return lambda *args: operation(
+        *(
+            a.to(dtype) if t and isinstance(a, Tensor) else a
+            for a, t in zip(args, truths, strict=True)
+        )
+    )
 
 
 def lift(function: Callable[..., Any]) -> Callable[..., Any]:
