@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -112,6 +112,7 @@ class Work:
             self.seen.append(seen)
             self.gradients.append(g.dtype)
         self.layouts = _layouts(self.params)
+        self.shapes = [p.shape for p in self.params]
 
     def _cannot(self, name: str, why: str) -> None:
         if self.how.required:
@@ -136,12 +137,11 @@ class Work:
             return False
         if [g is None for g in gradients] != self.without:
             return False
-        for i, dtype in zip(self.positions, self.gradients, strict=True):
-            g = gradients[i]
-            if g is None or g.dtype is not dtype or g.layout is not torch.strided:
-                return False
-            if type(g) is not Tensor or g.shape != params[i].shape:
-                return False
+        own = cast(list[Tensor], [gradients[i] for i in self.positions])
+        if [g.dtype for g in own] != self.gradients or [g.shape for g in own] != self.shapes:
+            return False
+        if set(map(type, own)) - {Tensor} or any(g.layout is not torch.strided for g in own):
+            return False
         if not self.states:
             return _layouts(self.params) == self.layouts
         found = [state.get(p) for p in self.params]

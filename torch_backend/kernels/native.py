@@ -262,7 +262,7 @@ class Launch:
         self.table = np.zeros((len(kernel.tensors), entries), np.int64)
         self.values = np.zeros((int(rows.max(initial=-1)) + 1, kernel.parameters))
         counts = -(-sizes // CHUNK)
-        chunks = int(counts.sum())
+        self.chunks = chunks = int(counts.sum())
         self._arrays = {
             "functions": kernel.functions,
             "first_reduction": kernel.first_reduction,
@@ -303,7 +303,8 @@ class Launch:
         """Run the kernel with what was sent last."""
         given = self._given
         given.threads = threads = torch.get_num_threads()
-        given.small = 4 if threads > 1 else 1 << 60
+        # Few enough chunks that the threads have several parameters each to share out.
+        given.small = max(4, self.chunks // (4 * threads)) if threads > 1 else 1 << 60
         runtime().deepopt_run(ctypes.byref(given))
 
 

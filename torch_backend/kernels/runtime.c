@@ -174,32 +174,34 @@ static void whole_entry(const deepopt_launch *l, int64_t entry) {
   if (l->epilogue) run(l, l->epilogue, entry, 0, 0, 1);
 }
 
-typedef struct { deepopt_launch launch; int64_t sweep; } one_sweep;
+typedef struct { deepopt_launch launch; int64_t sweep, first; } one_sweep;
 
-static void chunk_of_sweep(const deepopt_launch *l, int64_t chunk) {
-  if (l->sweeps > 1 || l->reductions || l->epilogue) {
-    if (is_small(l, l->chunk_entry[chunk])) return;
-  }
-  one_chunk(l, ((const one_sweep *) l)->sweep, chunk);
+static void chunk_of_sweep(const deepopt_launch *l, int64_t i) {
+  const one_sweep *part = (const one_sweep *) l;
+  one_chunk(l, part->sweep, part->first + i);
 }
 
 void deepopt_run(const deepopt_launch *l) {
   // Two Python threads may step two optimizers; the pool serves one at a time.
   pthread_mutex_lock(&pool.use);
-  one_sweep part = {*l, 0};
+  one_sweep part = {*l, 0, 0};
   if (l->sweeps == 1 && !l->reductions && !l->epilogue) {
     spread(&part.launch, chunk_of_sweep, l->chunks);
   } else {
+    // A large parameter at a time, so that its next sweep finds it in the cache; then the small
+    // ones, each on one thread.
     int64_t large = 0;
-    for (int64_t e = 0; e < l->entries; e++) large += !is_small(l, e);
-    if (large < l->entries) spread(l, whole_entry, l->entries);
-    for (; large && part.sweep < l->sweeps; part.sweep++) {
-      spread(&part.launch, chunk_of_sweep, l->chunks);
-      for (int64_t e = 0; e < l->entries; e++)
-        if (!is_small(l, e)) combine(l, part.sweep, e);
+    for (int64_t e = 0; e < l->entries; e++) {
+      if (is_small(l, e)) continue;
+      large++;
+      part.first = l->first_chunk[e];
+      for (part.sweep = 0; part.sweep < l->sweeps; part.sweep++) {
+        spread(&part.launch, chunk_of_sweep, l->first_chunk[e + 1] - part.first);
+        combine(l, part.sweep, e);
+      }
+      if (l->epilogue) run(l, l->epilogue, e, 0, 0, 1);
     }
-    for (int64_t e = 0; large && l->epilogue && e < l->entries; e++)
-      if (!is_small(l, e)) run(l, l->epilogue, e, 0, 0, 1);
+    if (large < l->entries) spread(l, whole_entry, l->entries);
   }
   pthread_mutex_unlock(&pool.use);
 }
