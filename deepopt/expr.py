@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 Shape: TypeAlias = tuple[int, ...]
 
 KINDS = ("full", "eye", "dct", "lower", "strictly_lower")
+COMPARISONS = frozenset({"less", "less_equal", "equal"})
 COMMUTATIVE = frozenset({"add", "mul", "maximum", "minimum", "equal"})
 _HERE = str(Path(__file__).parent)
 _RULES = str(Path(__file__).parent / "rules")

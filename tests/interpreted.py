@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from cases import CASES, Case, contexts, stream
-from test_fused import DIVERGES, DTYPES, guarded, near, shapes_of, step, untouched
+from cases import CASES, Case
+from test_fused import parity, shapes_of
 from torch import Tensor, nn
 
 from deepopt import Memories, Rule, Slot, Time, Update, rules
@@ -42,49 +42,19 @@ def defaults() -> list[Case]:
 
 @pytest.mark.parametrize("case", defaults(), ids=str)
 def test_a_rule_in_triton_is_the_plain_one(case):
-    parity(case, shapes_of(case), "float32")
+    parity(case, shapes_of(case), "float32", STEPS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_switch_in_triton_is_the_plain_one(case):
-    parity(case, [case.shape], "float32")
+    parity(case, [case.shape], "float32", STEPS)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 @pytest.mark.parametrize("cls", [rules.AdamW, rules.M3, rules.Nest])
 def test_other_widths(cls, dtype):
     case = next(c for c in defaults() if type(c.rule) is cls)
-    parity(case, [(31, 33), (5, 3)], dtype)
-
-
-def parity(case: Case, shapes: list[tuple[int, ...]], dtype: str) -> None:
-    kind, tolerance = DTYPES[dtype]
-    tolerance *= 100 if DIVERGES in str(case) else 1
-    streams = [stream(s, STEPS, seed=i) for i, s in enumerate(shapes)]
-    gradients = [g for _, g in streams]
-    plain = [nn.Parameter(torch.tensor(w).to(kind)) for w, _ in streams]
-    fused = [nn.Parameter(torch.tensor(w).to(kind)) for w, _ in streams]
-    context = contexts(case.rule, case.shape, STEPS)
-    one = Optimizer(plain, case.rule, fused=False)
-    two = Optimizer(fused, case.rule, fused=True, precision="float32")
-    memory: list[Tensor] = []
-    for p in fused:
-        p.data, around = guarded(p.data)
-        memory.append(around)
-    for i in range(STEPS):
-        step(one, plain, gradients, context, i)
-        step(two, fused, gradients, context, i)
-        for state in two.state.values() if i == 0 else ():
-            for name in [k for k in state if k != "step"]:
-                state[name], around = guarded(state[name])
-                memory.append(around)
-    for p, q in zip(plain, fused, strict=True):
-        near(p, q, tolerance, "w")
-        assert one.state[p].keys() == two.state[q].keys()
-        for name, x in one.state[p].items():
-            if not name.endswith("_basis"):
-                near(x, two.state[q][name], tolerance, name)
-    assert all(map(untouched, memory))
+    parity(case, [(31, 33), (5, 3)], dtype, STEPS)
 
 
 class Everything(Rule):
@@ -152,7 +122,7 @@ class Named(Rule):
 
 
 def test_a_memory_may_have_any_name():
-    parity(Case(Named(lr=0.1), (4, 6)), [(31, 33), (3,)], "float32")
+    parity(Case(Named(lr=0.1), (4, 6)), [(31, 33), (3,)], "float32", STEPS)
 
 
 def stepped(monkeypatch, language: str, rule: Rule, rounding: str, offset: int = 0):

@@ -1,6 +1,5 @@
 """The fused step equals the plain one, for every rule, and touches nothing else."""
 
-import numpy as np
 import pytest
 import torch
 from cases import CASES, Case, contexts, stream
@@ -49,12 +48,6 @@ def shapes_of(case: Case) -> list[tuple[int, ...]]:
     return [case.shape, *odd, *([] if case.rule.domain == "matrix" else [(1023,), (1,)])]
 
 
-def parameters(case: Case, dtype: torch.dtype) -> tuple[list[nn.Parameter], list[np.ndarray]]:
-    streams = [stream(s, STEPS, seed=i) for i, s in enumerate(shapes_of(case))]
-    made = [nn.Parameter(torch.tensor(w).to(dtype)) for w, _ in streams]
-    return made, [g for _, g in streams]
-
-
 def step(optimizer: Optimizer, params: list[nn.Parameter], gradients, context, i: int) -> None:
     for p, g in zip(params, gradients, strict=True):
         p.grad = torch.tensor(g[i]).to(p.dtype)
@@ -70,18 +63,24 @@ PAIRS = [(c, d) for c in CASES for d in DTYPES if d != "float16" or FIRST[type(c
 
 @pytest.mark.parametrize(("case", "dtype"), PAIRS, ids=str)
 def test_the_fused_step_is_the_plain_one(case, dtype):
+    parity(case, shapes_of(case), dtype, STEPS)
+
+
+def parity(case: Case, shapes: list[tuple[int, ...]], dtype: str, steps: int) -> None:
+    """Weights after every step and all state at the end, in memory that nobody else's is near."""
     kind, tolerance = DTYPES[dtype]
     tolerance *= 100 if DIVERGES in str(case) else 1
-    plain, gradients = parameters(case, kind)
-    fused, _ = parameters(case, kind)
-    context = contexts(case.rule, case.shape, STEPS)
+    streams = [stream(s, steps, seed=i) for i, s in enumerate(shapes)]
+    gradients = [g for _, g in streams]
+    plain, fused = ([nn.Parameter(torch.tensor(w).to(kind)) for w, _ in streams] for _ in range(2))
+    context = contexts(case.rule, case.shape, steps)
     one = Optimizer(plain, case.rule, fused=False)
     two = Optimizer(fused, case.rule, fused=True, precision="float32")
     memory: list[torch.Tensor] = []
     for p in fused:
         p.data, around = guarded(p.data)
         memory.append(around)
-    for i in range(STEPS):
+    for i in range(steps):
         step(one, plain, gradients, context, i)
         step(two, fused, gradients, context, i)
         if i == 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepopt.algebra import Algebra, Arrays, Program, apply, constant_array
-from deepopt.expr import Expr, Shape, symbol
+from deepopt.expr import COMPARISONS, Expr, Shape, symbol
 from deepopt.functions import FUNCTIONS, definition
 from deepopt.oracle import NUMPY
 
@@ -18,8 +18,7 @@ IN_PLACE = {"add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "exp", "log", "s
 TWO_SIDED = {"add", "mul"}
 VIEWS = {"transpose", "reshape", "stop_gradient"}
 # Values that nobody may write into: shared constants, and truth values, which hold no numbers.
-TRUTHS = {"less", "less_equal", "equal"}
-READ_ONLY = {"array", "constant", *TRUTHS}
+READ_ONLY = {"array", "constant", *COMPARISONS}
 
 
 class Torch(Arrays[Any]):
@@ -254,7 +253,7 @@ def _native(
     if x.op in ("constant", "sum", "max", "reshape", "call"):
         return lambda *args: apply(algebra, x, args)
     operation = getattr(algebra, x.op)
-    truths = [arg.op in TRUTHS for arg in x.args]
+    truths = [arg.op in COMPARISONS for arg in x.args]
     if x.op == "where" or not any(truths):
         return operation
     # Of truth values torch would make numbers of its default dtype.

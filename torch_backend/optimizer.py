@@ -41,7 +41,7 @@ from torch_backend.routing import (
 )
 from torch_backend.seen import Seen, arithmetic, seen_of
 from torch_backend.values import host, instance, made, values_of
-from torch_backend.work import Moment, Work, lay_out, say_once
+from torch_backend.work import Asked, Moment, Work, lay_out, say_once
 
 Parameters: TypeAlias = nn.Module | Iterable[Any]
 OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
@@ -474,11 +474,9 @@ class Optimizer(torch.optim.Optimizer):
         how = How(bool(self.fused), self.precision, self.rounding)
         scaled = getattr(self, "grad_scale", None) is not None
         work = self._works.get(i)
-        if work is None or not work.fits(group, rule, gradients, scaled, how, self.state):
-            work = Work(
-                group, rule, gradients, scaled, how, self.state, lambda j: self.name_of(i, j)
-            )
-            self._works[i] = work
+        asked = Asked(group, rule, gradients, scaled, how, self.state)
+        if work is None or not work.fits(asked):
+            work = self._works[i] = Work(asked, lambda j: self.name_of(i, j))
         return (work if work.params else None), work.rest
 
     def run_work(self, work: Work, group: _Group) -> None:

@@ -37,7 +37,7 @@ class Norm:
     """The Frobenius norm of several gradients together, computed when it is first asked for."""
 
     def __init__(self, gradients: Iterable[Tensor | None]) -> None:
-        self._gradients = [g for g in gradients if g is not None]
+        self._gradients = gradients
         self._value: Tensor | None = None
 
     def on(self, device: torch.device) -> Tensor:
@@ -45,7 +45,8 @@ class Norm:
         value = self._value
         if value is None:
             norm = torch.linalg.vector_norm
-            parts = [norm(g, dtype=arithmetic(g.dtype)).to(device) for g in self._gradients]
+            gradients = [g for g in self._gradients if g is not None]
+            parts = [norm(g, dtype=arithmetic(g.dtype)).to(device) for g in gradients]
             dtype = max((x.dtype for x in parts), key=lambda x: x.itemsize)
             value = self._value = norm(torch.stack([x.to(dtype) for x in parts]))
         return value.to(device)

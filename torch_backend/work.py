@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from operator import is_
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 
 from deepopt.kernels.plan import Plan, plan
 from deepopt.kernels.source import Storage
-from deepopt.rule import Rule, trace, turns
+from deepopt.rule import Rule, turns
 from torch_backend.fused import (
     LOW_HALF,
     STORAGE,
@@ -37,9 +37,19 @@ from torch_backend.seen import Seen, remember, seen_of
 MOST_VARIANTS = 64
 _said: set[str] = set()
 
-
 # Which members step now, at which step, and the clocks of each.
 Moment = tuple[int, tuple[int, ...], tuple[frozenset[str], ...]]
+
+
+class Asked(NamedTuple):
+    """A step that a group is to take: by which rule and gradients, and how."""
+
+    group: Mapping[str, Any]
+    rule: Rule
+    gradients: Sequence[Tensor | None]
+    scaled: bool
+    how: How
+    state: Mapping[Tensor, dict[str, Any]]
 
 
 class Work:
@@ -49,16 +59,8 @@ class Work:
     Raises RuntimeError that names a parameter where kernels are required and cannot take it.
     """
 
-    def __init__(
-        self,
-        group: Mapping[str, Any],
-        rule: Rule,
-        gradients: Sequence[Tensor | None],
-        scaled: bool,
-        how: How,
-        state: Mapping[Tensor, dict[str, Any]],
-        name: Callable[[int], str],
-    ) -> None:
+    def __init__(self, asked: Asked, name: Callable[[int], str]) -> None:
+        group, rule, gradients, scaled, how, state = asked
         self.rule = rule
         self.how = how
         self.scaled = scaled
@@ -87,16 +89,15 @@ class Work:
             if g is not None
         ]
         shared = _sharing([p for _, p, _ in live])
-        counts = [seen_of(rule, p.shape, group["seen_as"]).count or 1 for p in self.all]
-        places = list(accumulate(counts, initial=0))
+        every = [seen_of(rule, p.shape, group["seen_as"]) for p in self.all]
+        places = list(accumulate((seen.count or 1 for seen in every), initial=0))
         for j, (position, p, g) in enumerate(live):
             # The plain path refuses gradients that are sparse or of another shape, and an empty
             # tensor needs no kernel.
             if not p.numel() or g.layout is not torch.strided or g.shape != p.shape:
                 self.rest.append(position)
                 continue
-            seen = seen_of(rule, p.shape, group["seen_as"])
-            own = state.get(p, {})
+            seen, own = every[position], state.get(p, {})
             _check_shapes(own, seen, name(position))
             why = obstacle(p, self._plan(seen, always), not seen.count, bool(rule.clocks()))
             why = why or _unfit(g) or _unknown(own, seen)
@@ -113,6 +114,8 @@ class Work:
             self.gradients.append(g.dtype)
         self.layouts = _layouts(self.params)
         self.shapes = [p.shape for p in self.params]
+        self._everyone = tuple(range(len(self.params)))
+        self._kinds = set(self.seen)
 
     def _cannot(self, name: str, why: str) -> None:
         if self.how.required:
@@ -120,16 +123,9 @@ class Work:
         kind = why.split(" (")[0]
         say_once(f"deepopt steps {name} by the plain path, which is slower: {why}", kind)
 
-    def fits(
-        self,
-        group: Mapping[str, Any],
-        rule: Rule,
-        gradients: Sequence[Tensor | None],
-        scaled: bool,
-        how: How,
-        state: Mapping[Tensor, dict[str, Any]],
-    ) -> bool:
+    def fits(self, asked: Asked) -> bool:
         """Whether this is still the work of a group: the same tensors at the same places."""
+        group, rule, gradients, scaled, how, state = asked
         same = self.rule is rule and self.maximize == group["maximize"]
         same = same and self.scaled == scaled and self.how == how
         params = group["params"]
@@ -154,11 +150,10 @@ class Work:
 
     def moments(self, state: Mapping[Tensor, dict[str, Any]]) -> list[Moment]:
         """The steps to take: parameters that have taken as many go together."""
-        everyone = tuple(range(len(self.params)))
         if self.states:
             least, greatest = native.counts(self._steps)
             if least == greatest:
-                return [self._moment(int(least) + 1, everyone)]
+                return [self._moment(int(least) + 1, self._everyone)]
         groups: dict[int, list[int]] = {}
         for i, p in enumerate(self.params):
             taken = state[p].get("step", 0) if p in state else 0
@@ -208,8 +203,9 @@ class Work:
 
     def reads_norm(self, moments: Sequence[Moment]) -> bool:
         """Whether the norm of all gradients is among the scalars."""
-        kinds = {(seen.shape, t) for seen in self.seen for moment in moments for t in moment[2]}
-        return any("gradient_norm" in trace(self.rule, *kind).inputs for kind in kinds)
+        ticks = {t for moment in moments for t in moment[2]}
+        plans = (self._plan(seen, t) for seen in self._kinds for t in ticks)
+        return any("gradient_norm" in x.scalars for x in plans)
 
     def run(
         self,

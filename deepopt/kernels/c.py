@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deepopt.expr import Expr
+from deepopt.expr import COMPARISONS, Expr
 from deepopt.kernels.plan import REDUCTIONS, Sweep, filling
-from deepopt.kernels.source import BOOLEAN, LOW, Writer
+from deepopt.kernels.source import LOW, Writer
 
 TYPES = {"float64": "double", "float32": "float"}
 WIDE = frozenset(TYPES)
@@ -178,7 +178,9 @@ class C(Writer):
         text = self.operations[x.op]
         # A truth value is an int, which would divide as one.
         args = [
-            f"(({self.type}) {text})" if arg.op in BOOLEAN and (x.op, i) != ("where", 0) else text
+            f"(({self.type}) {text})"
+            if arg.op in COMPARISONS and (x.op, i) != ("where", 0)
+            else text
             for i, (arg, text) in enumerate(zip(x.args, args, strict=True))
         ]
         if x.op in CLAMPS and not all(arg.shape for arg in x.args):

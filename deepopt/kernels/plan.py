@@ -94,6 +94,13 @@ class Plan:
     values: Mapping[str, Shape]
     constants: Mapping[str, Expr]
 
+    @cached_property
+    def scalars(self) -> frozenset[str]:
+        """The names of the scalars that kernels and functions go by."""
+        nodes = topological(x for r in self.regions for x in r.parameters)
+        functions = (x for f in self.functions for x in f.nodes if not x.shape)
+        return frozenset(str(x["name"]) for x in (*nodes, *functions) if x.op == "input")
+
     @property
     def regions(self) -> list[Region]:
         return [r for stage in self.stages if not isinstance(stage, Program) for r in stage]
@@ -204,10 +211,10 @@ class _Planner:
     def _place(self, x: Expr) -> None:
         args = [arg for arg in x.args if arg.shape]
         self.time[x] = 0
-        if x.op == "array" and x["kind"] != "full":
+        if x.op == "array" and not is_filled(x):
             self.constants[f"constant {len(self.constants)}"] = x
         if not x.shape or x.op in ("input", "array"):
-            if self._is_full(x) and not _is_filled(x):
+            if self._is_full(x) and not is_filled(x):
                 self.space[x] = x.size
             return
         full = [arg for arg in args if self._is_full(arg)]
@@ -250,20 +257,15 @@ class _Planner:
         return all(arg.size == x.size for arg in full)
 
     def plan(self) -> Plan:
-        due = {name: self._even(x) for name, x in self.outputs.items()}
+        due = {name: self.time[x] + self.time[x] % 2 for name, x in self.outputs.items()}
         needed = self._between(due)
         while True:
-            found = {x: self.time[x] + self.time[x] % 2 for x in needed}
-            late = self._read_late(due, found)
+            late = self._read_late(due, needed)
             if not late:
                 break
-            for name, time in late.items():
-                due[name] = time
+            due |= late
             needed = self._between(due)
         return self._staged(due, needed)
-
-    def _even(self, x: Expr) -> int:
-        return self.time[x] + self.time[x] % 2
 
     def _roots(self, due: Mapping[str, int], needed: Iterable[Expr], time: int) -> dict[str, Expr]:
         """What the kernels at this time store, by name."""
@@ -283,7 +285,7 @@ class _Planner:
         for x in topological(self.outputs.values()):
             if x in self.matrix:
                 for arg in x.args:
-                    if arg.shape and arg not in self.matrix and not self._is_constant(arg):
+                    if arg.shape and arg not in self.matrix and arg.op != "array":
                         need(arg)
         size = -1
         while size != len(needed):
@@ -301,9 +303,6 @@ class _Planner:
     def _single(self, x: Expr) -> bool:
         return bool(x.shape) and not self._is_full(x)
 
-    def _is_constant(self, x: Expr) -> bool:
-        return x.op == "array"
-
     def _times(self, due: Mapping[str, int], needed: Iterable[Expr]) -> list[int]:
         return sorted({*due.values(), *(self.time[x] for x in needed if x not in self.matrix)})
 
@@ -311,7 +310,7 @@ class _Planner:
         """The name of the tensor that x is loaded from at this time; empty where it is computed."""
         if x.op == "input":
             return str(x["name"]) if x.shape else ""
-        if x.op == "array" and x["kind"] != "full":
+        if x.op == "array" and not is_filled(x):
             return next(k for k, v in self.constants.items() if v is x)
         if x in self.values and (x in self.matrix or self.time[x] < time):
             return self.values[x]
@@ -406,7 +405,7 @@ class _Planner:
         scalars = dict.fromkeys(
             arg for x in computed for arg in x.args if not arg.shape and not is_literal(arg)
         )
-        fills = [x for x in closure if x.op == "array" and x["kind"] == "full"]
+        fills = [x for x in closure if is_filled(x)]
         scalars |= dict.fromkeys(y for x in fills if not is_literal(y := filling(x)))
         return Region(
             size,
@@ -440,7 +439,8 @@ def _below(roots: Iterable[Expr], there: Callable[[Expr], bool]) -> list[Expr]:
     return list(order)
 
 
-def _is_filled(x: Expr) -> bool:
+def is_filled(x: Expr) -> bool:
+    """Whether x is an array of equal entries."""
     return x.op == "array" and x["kind"] == "full"
 
 
@@ -458,11 +458,3 @@ def is_literal(x: Expr) -> bool:
     value = x["value"]
     assert isinstance(value, float)
     return abs(value) in LITERALS
-
-
-def stages(rule: Rule, shape: Shape, ticking: frozenset[str]) -> tuple[int, int]:
-    """How many kernels and how many matrix functions a step of a rule is."""
-    found = plan(rule, shape, ticking)
-    calls = [x for f in found.functions for x in f.nodes if x.op == "call"]
-    products = [x for f in found.functions for x in f.nodes if x.op == "matmul"]
-    return len(found.regions), len(calls) + len(products)

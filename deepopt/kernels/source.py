@@ -12,13 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from deepopt.expr import Expr
-from deepopt.kernels.plan import REDUCTIONS, Region, filling, is_literal
+from deepopt.expr import COMPARISONS, Expr
+from deepopt.kernels.plan import REDUCTIONS, Region, filling, is_filled, is_literal
 
 # How a tensor is stored. "stochastic" and "exact" are bfloat16 weights: rounded at random so that
 # the mean is right, and with the 16 bits that bfloat16 lacks in a tensor of their own.
 Storage: TypeAlias = Literal["float64", "float32", "bfloat16", "float16", "stochastic", "exact"]
-BOOLEAN = frozenset({"less", "less_equal", "equal"})
 RESERVED = frozenset(
     "auto break case char const default do double enum extern float goto inline int long register "
     "restrict short signed sizeof static struct switch typedef union unsigned void volatile "
@@ -91,20 +90,20 @@ class Writer(ABC):
 
     def value(self, x: Expr) -> str:
         """How a node is read where it is used."""
-        if x.op == "array" and x["kind"] == "full":
+        if is_filled(x):
             x = filling(x)
         if is_literal(x):
             value = x["value"]
             assert isinstance(value, float)
             return self.literal(value)
-        if x.op in BOOLEAN and x not in self._names:
+        if x.op in COMPARISONS and x not in self._names:
             return self.expression(x)
         return self.name(x)
 
     def expression(self, x: Expr) -> str:
         """What a node is computed by."""
         args = [self.value(arg) for arg in x.args]
-        if x.op == "where" and not (x.args[0].op in BOOLEAN and x.args[0].shape):
+        if x.op == "where" and not (x.args[0].op in COMPARISONS and x.args[0].shape):
             args[0] = f"({args[0]} != 0)"
         if x.op == "array":
             return self.value(x)
@@ -119,7 +118,7 @@ class Writer(ABC):
         said = ""
         for x in nodes:
             known = x in self._names and (x.op in REDUCTIONS or x in self.region.loads.values())
-            if known or x.op in BOOLEAN or x.op == "array":
+            if known or x.op in COMPARISONS or x.op == "array":
                 continue
             expression = self.expression(x)
             note = ""

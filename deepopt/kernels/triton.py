@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from deepopt.expr import Expr
+from deepopt.expr import COMPARISONS, Expr
 from deepopt.kernels.plan import REDUCTIONS, Sweep, filling
-from deepopt.kernels.source import BOOLEAN, LOW, Writer
+from deepopt.kernels.source import LOW, Writer
 
 # Square roots and quotients of float32 are rounded to the nearest, as everywhere else.
 OPERATIONS = {
@@ -82,7 +82,7 @@ class Triton(Writer):
         operations = OPERATIONS if self.single_precision else DOUBLE
         given: list[str] = []
         for i, (arg, text) in enumerate(zip(x.args, args, strict=True)):
-            inline = arg.op in BOOLEAN and bool(arg.shape) and arg not in self._names
+            inline = arg.op in COMPARISONS and bool(arg.shape) and arg not in self._names
             if x.op == "where" and i == 0:
                 given.append(text if inline or text.endswith("!= 0)") else f"({text} != 0)")
             else:
@@ -91,7 +91,7 @@ class Triton(Writer):
 
     def _number(self, x: Expr) -> str:
         """How a node is read where it must not be a truth value."""
-        inline = x.op in BOOLEAN and x not in self._names
+        inline = x.op in COMPARISONS and x not in self._names
         return f"{self.value(x)}.to({self.type})" if inline else self.value(x)
 
     def source(self) -> str:

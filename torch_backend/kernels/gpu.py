@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepopt.kernels.triton import HEAD, Triton
-from torch_backend.kernels.native import Array, Unavailable, folder, runtime
+from torch_backend.kernels.native import Array, Unavailable, chunks_of, folder, runtime
 
 # Copies of a table that may be on their way at once before the host waits for the first.
 SLOTS = 3
@@ -175,10 +175,8 @@ class Launch:
         self._numbers = np.zeros(HEAD + count * kernel.parameters)
         self.values = self._numbers[HEAD:].reshape(count, kernel.parameters)
         self._options = kernel.options()
-        counts = -(-sizes // self._options["CHUNK"])
-        self.chunks = int(counts.sum())
-        first = np.concatenate([[0], np.cumsum(counts)])
-        owner = np.repeat(np.arange(self.entries), counts)
+        first, owner = chunks_of(sizes, self._options["CHUNK"])
+        self.chunks = len(owner)
         device = kernel.device
         self._arrays = [
             torch.from_numpy(x.astype(np.int64)).to(device)

@@ -249,6 +249,13 @@ def kernels(written: Sequence[C]) -> list[Kernel]:
     return [_kernels[source] for source in sources]
 
 
+def chunks_of(sizes: Array, chunk: int) -> tuple[Array, Array]:
+    """The first chunk of each parameter, and the parameter of each chunk."""
+    counts = -(-sizes // chunk)
+    first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return first, np.repeat(np.arange(len(sizes)), counts).astype(np.int64)
+
+
 class Launch:
     """A kernel over certain parameters: tables of addresses and parameters to fill, and a run.
 
@@ -261,8 +268,8 @@ class Launch:
         self.kernel = kernel
         self.table = np.zeros((len(kernel.tensors), entries), np.int64)
         self.values = np.zeros((int(rows.max(initial=-1)) + 1, kernel.parameters))
-        counts = -(-sizes // CHUNK)
-        self.chunks = chunks = int(counts.sum())
+        first, owner = chunks_of(sizes, CHUNK)
+        self.chunks = len(owner)
         self._arrays = {
             "functions": kernel.functions,
             "first_reduction": kernel.first_reduction,
@@ -272,9 +279,9 @@ class Launch:
             "row": rows.astype(np.int64),
             "size": sizes.astype(np.int64),
             "place": places.astype(np.int64),
-            "first_chunk": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            "chunk_entry": np.repeat(np.arange(entries), counts).astype(np.int64),
-            "partial": np.zeros((chunks, reductions)),
+            "first_chunk": first,
+            "chunk_entry": owner,
+            "partial": np.zeros((self.chunks, reductions)),
             "sums": np.zeros((entries, reductions)),
         }
         self._given = _Launch(
@@ -283,16 +290,11 @@ class Launch:
             parameters=kernel.parameters,
             reductions=reductions,
             sweeps=len(kernel.functions),
-            chunks=chunks,
+            chunks=self.chunks,
             chunk=CHUNK,
             epilogue=kernel.epilogue,
             **{k: x.ctypes.data for k, x in self._arrays.items()},
         )
-
-    def run(self, step: int, key: tuple[int, int]) -> None:
-        """Run the kernel at the addresses in `table` with the scalars in `values`."""
-        self.send(step, key)
-        self.start()
 
     def send(self, step: int, key: tuple[int, int]) -> None:
         """Tell the kernel the step and the key of its random numbers."""
