@@ -169,14 +169,14 @@ MUTANTS = (
     Mutant(
         "a kernel overwrites a memory that a later stage reads",
         "deepopt/kernels/plan.py",
-        "if name in due and due[name] < time:",
-        "if name in due and due[name] > time:",
+        "or due[name] > time",
+        "or due[name] >= 0",
     ),
     Mutant(
         "kernels of C lose a NaN in a maximum",
         "deepopt/kernels/c.py",
-        "(({0} > {1} || {0} != {0}) ? {0} : {1})",
-        "({0} > {1} ? {0} : {1})",
+        '"((({0} > {1}) | ({0} != {0})) ? {0} : {1})"',
+        '"({0} > {1} ? {0} : {1})"',
     ),
     Mutant(
         "only the first chunk of a tensor is summed",
@@ -187,7 +187,8 @@ MUTANTS = (
     Mutant(
         "stale addresses: a memory that was replaced is not noticed",
         "torch_backend/work.py",
-        "return all(map(is_, now, self.kept)) and list(map(_address, now)) == self.pointers",
+        "if len(now) != len(self.kept) or not all(map(is_, now, self.kept)):\n            return False\n"
+        "        return _layouts(now) == self.layouts",
         "return True",
     ),
     Mutant(

@@ -100,6 +100,33 @@ def parity(case: Case, shapes: list[tuple[int, ...]], dtype: str, steps: int) ->
     assert all(map(untouched, memory))
 
 
+@pytest.mark.parametrize(
+    ("rule", "shape", "view"),
+    [
+        # Sums over more than one chunk of a tensor.
+        (rules.DeltaMomentum(lr=0.1, view="flat", output="identity"), (300, 700), "flatten"),
+        (rules.M3(lr=0.1, period=2), (300, 700), "flatten"),
+        # Several matrices of one parameter.
+        (rules.M3(lr=0.1, period=2), (3, 6, 4), "stacked"),
+        (rules.DeepMomentum(lr=0.1, width=3), (9, 4), "split:3"),
+        (rules.Shampoo(lr=0.1, period=2), (2, 5, 5), "stacked"),
+    ],
+    ids=str,
+)
+def test_large_tensors_and_several_matrices(rule, shape, view):
+    w, gradients = stream(shape, 3)
+    found = []
+    for fused in (False, True):
+        p = nn.Parameter(torch.tensor(w))
+        optimizer = Optimizer([{"params": [p], "seen_as": view}], rule, fused=fused)
+        for g in gradients:
+            p.grad = torch.tensor(g)
+            optimizer.step()
+        found.append([p, *optimizer.state[p].values()])
+    for one, two in zip(*found, strict=True):
+        near(one, two, 1e-12, "weights or state")
+
+
 def near(x: torch.Tensor, y: torch.Tensor, tolerance: float, what: str) -> None:
     """Raise AssertionError where y is not x, relative to x's largest entry."""
     a, b = x.detach().double(), y.detach().double()
