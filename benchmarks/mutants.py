@@ -187,7 +187,8 @@ MUTANTS = (
     Mutant(
         "stale addresses: a memory that was replaced is not noticed",
         "torch_backend/work.py",
-        "if len(now) != len(self.kept) or not all(map(is_, now, self.kept)):\n            return False\n"
+        "if len(now) != len(self.kept) or not all(map(is_, now, self.kept)):\n"
+        "            return False\n"
         "        return _layouts(now) == self.layouts",
         "return True",
     ),
