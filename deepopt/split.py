@@ -71,12 +71,15 @@ def variants(rule: Rule) -> list[frozenset[str]]:
 
 
 @cache
-def split(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Split:
-    """The three parts of a step of a rule, for a parameter seen as matrices of this shape."""
+def split(rule: Rule, shape: Shape, ticking: frozenset[str], several: bool = False) -> Split:
+    """The three parts of a step of a rule, for a parameter seen as matrices of this shape.
+
+    several: as more than one, so that a value of one entry is another one in each.
+    """
     outputs = _outputs(rule, shape, ticking)
     nodes = topological(outputs.values())
     local = _local(outputs.values(), shape, _names(rule, shape, replicated(rule, shape)))
-    whole = _needing_all(nodes, local, outputs, shape)
+    whole = _needing_all(nodes, local, outputs, shape, several)
     given = _in_order(x for x in nodes if x in local and x.shape == shape)
     borders = {arg for x in whole for arg in x.args}
     gathered = _fewest([x for x in given if x in borders], given)
@@ -143,11 +146,19 @@ def _is_by_entry(x: Expr, shape: Shape) -> bool:
 
 
 def _needing_all(
-    nodes: Sequence[Expr], local: set[Expr], outputs: Mapping[str, Expr], shape: Shape
+    nodes: Sequence[Expr],
+    local: set[Expr],
+    outputs: Mapping[str, Expr],
+    shape: Shape,
+    several: bool,
 ) -> set[Expr]:
     """The nodes to compute on whole arrays."""
+    rest = [x for x in nodes if x not in local]
     whole = {x for x in outputs.values() if x not in local and x.shape != shape}
-    whole |= {x for x in nodes if x not in local and not _is_by_entry(x, shape)}
+    whole |= {x for x in rest if not _is_by_entry(x, shape)}
+    if several:
+        alone = {x for x in rest if x.shape != shape}
+        whole |= {x for x in rest if x in alone or alone & set(x.args)}
     for x in reversed(nodes):
         if x in whole:
             whole |= {arg for arg in x.args if arg not in local}

@@ -25,6 +25,7 @@ from deepopt.rule import (
 from deepopt.rules import DESCENT, SGD, AdamW
 from torch_backend.checkpoint import checked_groups, checked_state
 from torch_backend.compiled import announces_itself, handle, trace_step
+from torch_backend.distributed import Distributed, is_distributed
 from torch_backend.fused import How, Precision, Rounding
 from torch_backend.graphs import Capture, cuda, refuse_foreign
 from torch_backend.kernels import native
@@ -168,6 +169,9 @@ class Optimizer(torch.optim.Optimizer):
         self._works: dict[int, Work] = {}
         self._buffers: dict[torch.device, Tensor] = {}
         self._without_kernels = False
+        self._distributed: Distributed | None = None
+        params = (p for group in getattr(self, "param_groups", ()) for p in group["params"])
+        self._on_mesh = is_distributed(params)
 
     @property
     def context(self) -> Context:
@@ -295,6 +299,7 @@ class Optimizer(torch.optim.Optimizer):
         params = [(x.name, x.tensor) if x.name else x.tensor for x, _ in members]
         keep = {"params": params, "rule": name, **values, **extra}
         super().add_param_group(keep)
+        self._on_mesh = self._on_mesh or is_distributed(keep["params"])
         for key in set(self.defaults) - set(values) - OWN:
             del keep[key]
         self.rules[name] = cls
@@ -335,20 +340,25 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            if torch.compiler.is_dynamo_compiling():
+            if torch.compiler.is_dynamo_compiling() and not self._on_mesh:
                 trace_step(self)
             else:
                 self.take_step()
         return loss
 
-    def take_step(self) -> None:
-        """The step itself, without hooks."""
+    def take_step(self, norm: Norm | None = None) -> None:
+        """The step itself, without hooks. norm: of all gradients, where these are but a part."""
         refuse_foreign()
         self._opt_called = True
+        if self._on_mesh:
+            if self._distributed is None or not self._distributed.fits():
+                self._distributed = Distributed(self)
+            self._distributed.step()
+            return
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
-        norm = Norm(p.grad for g in self.param_groups for p in g["params"])
+        norm = norm or Norm(p.grad for g in self.param_groups for p in g["params"])
         groups = [self._group(i, norm) for i in range(len(self.param_groups))]
         if self._finite(groups):
             for group in groups:
@@ -392,12 +402,33 @@ class Optimizer(torch.optim.Optimizer):
                     return False
         return True
 
+    def accepts(self, bad: Sequence[bool]) -> bool:
+        """Whether no parameter is bad: its gradient, or its context, not finite.
+
+        Counts the step as skipped, or raises, if one is.
+        """
+        if not any(bad):
+            return True
+        if self.on_nonfinite == "skip":
+            self.skipped_steps += 1
+            return False
+        places = [(i, j) for i, g in enumerate(self.param_groups) for j in range(len(g["params"]))]
+        raise ValueError(
+            f"the gradient or context of {self.name_of(*places[[*bad].index(True)])} has NaN or Inf "
+            "entries; it must be finite (on_nonfinite='skip' would leave this step out)"
+        )
+
+    def like(self, groups: Sequence[dict[str, Any]]) -> Optimizer:
+        """An optimizer of other parameters that steps them in the same way."""
+        options = {k: getattr(self, k) for k in ("fused", "precision", "rounding", "capturable")}
+        return Optimizer(groups, **options)
+
     def name_of(self, group: int, position: int) -> str:
         """What errors call a parameter."""
         names = self.param_groups[group].get("param_names")
         return names[position] if names else f"parameter {position} of group {group}"
 
-    def _check_context(self, rule: Rule, p: Tensor, seen: Seen, what: str) -> None:
+    def check_context(self, rule: Rule, p: Tensor, seen: Seen, what: str) -> None:
         """Raise an error that says what to do where a context does not fit the rule."""
         given: dict[str, tuple[int, ...]] = {}
         for name, value in (self.context[p] if p in self.context else {}).items():
@@ -436,7 +467,7 @@ class Optimizer(torch.optim.Optimizer):
             for position, p in enumerate(group["params"]):
                 if p.grad is not None:
                     seen = seen_of(rule, p.shape, group["seen_as"])
-                    self._check_context(rule, p, seen, self.name_of(i, position))
+                    self.check_context(rule, p, seen, self.name_of(i, position))
         work, rest = self._fused(i, rule, gradients)
         plain = batches(self, i, rule, scalars, norm, rest)
         moments = [] if work is None else work.moments(self.state)
