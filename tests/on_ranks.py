@@ -1,13 +1,11 @@
 """What the ranks of a world do in the tests of torch_backend.distributed."""
 
 import torch
-import torch.distributed as dist
 from cases import contexts
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-import deepopt.rules as rules
 from torch_backend import Optimizer
 
 _meshes = {}

@@ -30,7 +30,7 @@ def _serve(rank, world, store, pipe):
 
 
 class Ranks:
-    """`run(f, *args)` calls f(rank, world, *args) on every rank; the results, or the first error."""
+    """`run(f, *args)` calls f(rank, world, *args) on every rank."""
 
     def __init__(self, world):
         context = multiprocessing.get_context("forkserver")
@@ -68,7 +68,9 @@ class Ranks:
         """The error of each rank, None where there was none."""
         for pipe in self.pipes:
             pipe.send((function, args))
-        answers = [pipe.recv() if pipe.poll(LIMIT) else (TimeoutError(), "-") for pipe in self.pipes]
+        answers = [
+            pipe.recv() if pipe.poll(LIMIT) else (TimeoutError(), "-") for pipe in self.pipes
+        ]
         return [error if text else None for error, text in answers]
 
     def stop(self):

@@ -1,4 +1,4 @@
-"""The step of parameters on a device mesh: shards by themselves, whole matrices on one rank each."""
+"""The step of parameters on a device mesh: shards by themselves, a whole matrix on one rank."""
 
 from __future__ import annotations
 
@@ -33,15 +33,10 @@ ROUND = 1 << 26
 
 
 class Shard(Torch):
-    """The algebra of shards, where an array of one value has no shape: that would be the whole's."""
+    """The algebra of shards: an array of one value has no shape, which would be that of the whole."""
 
     def array(self, kind: str, shape: Shape, value: float) -> Tensor:
         return torch.full((), value, dtype=self.dtype, device=self.device)
-
-
-def is_distributed(params: Iterable[Any]) -> bool:
-    """Whether some parameter lies on a device mesh."""
-    return any(isinstance(p, DTensor) for p in params)
 
 
 def local(x: Tensor) -> Tensor:
@@ -191,7 +186,7 @@ class Distributed:
         self.meshes = list(
             dict.fromkeys(p.device_mesh for p in self.params if isinstance(p, DTensor))
         )
-        self.layouts = {
+        self.layouts: dict[Tensor, Layout] = {
             p: Layout.of(p, outer.name_of(i, j))
             for i, group in enumerate(outer.param_groups)
             for j, p in enumerate(group["params"])
@@ -201,7 +196,9 @@ class Distributed:
         self.cut = {p for i, group in enumerate(outer.param_groups) for p in group["params"]
                     if p in self.layouts and self._needs_others(i, p)}  # fmt: skip
         # The local tensors by parameter, without the history of the parameter.
-        self.local = {p: local(p).detach() for p in self.layouts if p not in self.cut}
+        self.local: dict[Tensor, Tensor] = {
+            p: local(p).detach() for p in self.layouts if p not in self.cut
+        }
         self.links: dict[tuple[Tensor, str], Tensor] = {}
         self.inner, self.groups = self._inner()
 
@@ -209,8 +206,7 @@ class Distributed:
         """Whether the optimizer still has the parameters, and where they were."""
         now = [p for group in self.outer.param_groups for p in group["params"]]
         return len(now) == len(self.params) and all(
-            p is q and local(p) is x
-            for p, q, x in zip(now, self.params, self.sources, strict=True)
+            p is q and local(p) is x for p, q, x in zip(now, self.params, self.sources, strict=True)
         )
 
     def _rule(self, i: int) -> Rule:
@@ -244,8 +240,8 @@ class Distributed:
                 dist.all_gather_object(found, mine, group=group)
                 for rank, other in enumerate(found):
                     if other != found[0]:
-                        raise ValueError(_difference(found[0], other, dist.get_global_rank(group, 0),
-                                                     dist.get_global_rank(group, rank)))  # fmt: skip
+                        ranks = (dist.get_global_rank(group, i) for i in (0, rank))
+                        raise ValueError(_difference(found[0], other, *ranks))
 
     def _inner(self) -> tuple[Optimizer | None, list[int]]:
         """The optimizer of local tensors, and which of the outer's groups its groups are."""
@@ -284,7 +280,7 @@ class Distributed:
 
     def _agreed(self, found_inf: bool) -> _Flags:
         """Which parameters step, and which are not finite, as any rank of a mesh finds them."""
-        outer, n = self.outer, len(self.params)
+        n = len(self.params)
         live = [p.grad is not None for p in self.params]
         bad = [any(not bool(x.isfinite().all()) for x in self._checked(p)) for p in self.params]
         for mesh in self.meshes:
@@ -337,7 +333,9 @@ class Distributed:
             if not own:
                 continue
             rule = self._rule(i)
-            values: dict[str, Any] = rule.scalars(**{k: host(group[k], k) for k in hints(type(rule))})
+            values: dict[str, Any] = rule.scalars(
+                **{k: host(group[k], k) for k in hints(type(rule))}
+            )
             factor = -1.0 if group["maximize"] else 1.0
             scale: Tensor | None = getattr(outer, "grad_scale", None)
             factor = factor if scale is None else factor / float(scale)
@@ -387,9 +385,7 @@ class Distributed:
             else:
                 start = torch.from_numpy(slot.start()).to(part.device, arithmetic(p.dtype))
                 whole = start.expand(seen.stack(slot.shape)).reshape(stored).contiguous()
-                state[name] = distribute_tensor(
-                    whole, layout.mesh, placements, src_data_rank=None
-                )
+                state[name] = distribute_tensor(whole, layout.mesh, placements, src_data_rank=None)
         return state
 
     def _step_inner(self, gradients: Mapping[Tensor, Tensor], norm: Norm) -> None:
@@ -400,7 +396,7 @@ class Distributed:
             own = set(group) - {"params", "param_names", "rule", "seen_as"}
             group |= {k: v for k, v in outer.param_groups[i].items() if k in own}
         if hasattr(outer, "grad_scale"):
-            inner.grad_scale = outer.grad_scale  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(inner, "grad_scale", outer.grad_scale)
         given = {p: g for p, g in gradients.items() if p not in self.cut}
         for p in self.params:
             if p not in self.cut:
@@ -415,14 +411,16 @@ class Distributed:
                 q = self.local.get(p, p)
                 q.grad = before.get(q)
             if hasattr(inner, "grad_scale"):
-                del inner.grad_scale
+                delattr(inner, "grad_scale")
         for p in given:
             self._take_back(p)
 
     def _lend(self, p: Tensor) -> None:
-        """Give the inner optimizer the local part of a parameter's state."""
+        """Give the inner optimizer the local part of a parameter's state, and its context."""
         inner, state = self.inner, self.outer.state
         assert inner is not None
+        if p in self.outer.context:
+            inner.context[self.local.get(p, p)] = self.outer.context[p]
         if p not in self.local:
             if p in state:
                 inner.state[p] = state[p]
@@ -470,7 +468,9 @@ def _device(mesh: DeviceMesh) -> torch.device:
     """Where the tensors lie that the processes of a mesh send each other."""
     if mesh.device_type == "cpu":
         return torch.device("cpu")
-    return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+    return torch.device(
+        mesh.device_type, torch.get_device_module(mesh.device_type).current_device()
+    )
 
 
 def _over(mesh: DeviceMesh, axes: Iterable[int], x: Tensor, op: Any) -> Tensor:

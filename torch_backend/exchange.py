@@ -72,8 +72,8 @@ class Layout:
         return _blocks(tuple(shape), self.sizes, self.cuts)
 
     def spread(self, shape: Sequence[int]) -> Blocks:
-        """Where the parts of an array of another shape lie: cut along its first axis."""
-        return _blocks(tuple(shape), self.sizes, tuple((i, 0) for i in range(len(self.sizes))))
+        """Where the parts of an array of another shape lie: cut along its first axis, once."""
+        return _blocks(tuple(shape), self.sizes, ((0, 0),))
 
     def everywhere(self, shape: Sequence[int]) -> Blocks:
         """The blocks of an array that each rank has whole."""
@@ -81,7 +81,8 @@ class Layout:
 
     def along_first(self) -> tuple[Placement, ...]:
         """The placements of arrays of another shape than the parameter's."""
-        return tuple(x if isinstance(x, Replicate) else Shard(0) for x in self.placements)
+        first = self.axes[0] if self.axes else -1
+        return tuple(Shard(0) if i == first else Replicate() for i in range(self.mesh.ndim))
 
 
 def _sizes(mesh: DeviceMesh, axes: Sequence[int]) -> tuple[int, ...]:
@@ -160,9 +161,7 @@ class Exchange:
             wholes.append(whole)
         return wholes
 
-    def scatter(
-        self, parcels: Sequence[Parcel], wholes: Sequence[Tensor | None]
-    ) -> list[Tensor]:
+    def scatter(self, parcels: Sequence[Parcel], wholes: Sequence[Tensor | None]) -> list[Tensor]:
         """This rank's part of each array, from those who own them."""
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         mine = [(p, x) for p, x in zip(parcels, wholes, strict=True) if x is not None]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import chain, count
 from typing import (
+    TYPE_CHECKING,
     Any,
     Literal,
     TypeAlias,
@@ -15,6 +16,7 @@ from typing import (
 )
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepopt.rule import (
@@ -25,11 +27,10 @@ from deepopt.rule import (
 from deepopt.rules import DESCENT, SGD, AdamW
 from torch_backend.checkpoint import checked_groups, checked_state
 from torch_backend.compiled import announces_itself, handle, trace_step
-from torch_backend.distributed import Distributed, is_distributed
 from torch_backend.fused import How, Precision, Rounding
 from torch_backend.graphs import Capture, cuda, refuse_foreign
 from torch_backend.kernels import native
-from torch_backend.layers import Context, Recorder, layers_of
+from torch_backend.layers import Context, Recorder, layers_of, on_mesh
 from torch_backend.plain import Batch, Norm, batches, run
 from torch_backend.routing import (
     Named,
@@ -43,6 +44,9 @@ from torch_backend.routing import (
 from torch_backend.seen import Seen, arithmetic, seen_of
 from torch_backend.values import host, instance, made, values_of
 from torch_backend.work import Asked, Moment, Work, lay_out, say_once
+
+if TYPE_CHECKING:
+    from torch_backend.distributed import Distributed
 
 Parameters: TypeAlias = nn.Module | Iterable[Any]
 OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
@@ -102,6 +106,8 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # What `capturable=True` makes graphs with.
     capture: Capture = staticmethod(cuda)
+    # The processes whose Gram matrices a step takes the mean of: by default all there are.
+    gram_group: Any = None
     # Hyperparameters of the rule that were given as tensors: groups keep the tensors themselves.
     _tensors: Mapping[str, Tensor] = {}
 
@@ -171,7 +177,7 @@ class Optimizer(torch.optim.Optimizer):
         self._without_kernels = False
         self._distributed: Distributed | None = None
         params = (p for group in getattr(self, "param_groups", ()) for p in group["params"])
-        self._on_mesh = is_distributed(params)
+        self._on_mesh = any(map(on_mesh, params))
 
     @property
     def context(self) -> Context:
@@ -299,7 +305,7 @@ class Optimizer(torch.optim.Optimizer):
         params = [(x.name, x.tensor) if x.name else x.tensor for x, _ in members]
         keep = {"params": params, "rule": name, **values, **extra}
         super().add_param_group(keep)
-        self._on_mesh = self._on_mesh or is_distributed(keep["params"])
+        self._on_mesh = self._on_mesh or any(map(on_mesh, keep["params"]))
         for key in set(self.defaults) - set(values) - OWN:
             del keep[key]
         self.rules[name] = cls
@@ -350,10 +356,10 @@ class Optimizer(torch.optim.Optimizer):
         """The step itself, without hooks. norm: of all gradients, where these are but a part."""
         refuse_foreign()
         self._opt_called = True
+        if dist.is_available() and dist.is_initialized():
+            self._recorder.average(self.gram_group)
         if self._on_mesh:
-            if self._distributed is None or not self._distributed.fits():
-                self._distributed = Distributed(self)
-            self._distributed.step()
+            self._step_on_mesh()
             return
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf):
@@ -364,6 +370,13 @@ class Optimizer(torch.optim.Optimizer):
             for group in groups:
                 group.run()
             self._recorder.used()
+
+    def _step_on_mesh(self) -> None:
+        from torch_backend.distributed import Distributed
+
+        if self._distributed is None or not self._distributed.fits():
+            self._distributed = Distributed(self)
+        self._distributed.step()
 
     @torch.compiler.assume_constant_result
     def entered(self, places: tuple[int, ...]) -> int:
@@ -413,9 +426,10 @@ class Optimizer(torch.optim.Optimizer):
             self.skipped_steps += 1
             return False
         places = [(i, j) for i, g in enumerate(self.param_groups) for j in range(len(g["params"]))]
+        name = self.name_of(*places[[*bad].index(True)])
         raise ValueError(
-            f"the gradient or context of {self.name_of(*places[[*bad].index(True)])} has NaN or Inf "
-            "entries; it must be finite (on_nonfinite='skip' would leave this step out)"
+            f"the gradient or context of {name} has NaN or Inf entries; it must be finite "
+            "(on_nonfinite='skip' would leave this step out)"
         )
 
     def like(self, groups: Sequence[dict[str, Any]]) -> Optimizer:

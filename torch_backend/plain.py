@@ -36,9 +36,7 @@ class Batch(NamedTuple):
 class Norm:
     """The Frobenius norm of several gradients together, computed when it is first asked for."""
 
-    def __init__(
-        self, gradients: Iterable[Tensor | None], value: Tensor | None = None
-    ) -> None:
+    def __init__(self, gradients: Iterable[Tensor | None], value: Tensor | None = None) -> None:
         self._gradients = gradients
         self._value = value
 
