@@ -20,7 +20,7 @@ from deepopt.rule import Rule, hints, trace, turns
 from deepopt.split import Split, replicated, split, variants
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.exchange import Blocks, Exchange, Layout, Parcel
-from torch_backend.fused import Batched
+from torch_backend.fused import Batched, Precision, is_narrow
 from torch_backend.plain import Norm
 from torch_backend.seen import Seen, arithmetic, seen_of
 from torch_backend.values import host, instance
@@ -33,10 +33,18 @@ ROUND = 1 << 26
 
 
 class Shard(Torch):
-    """The algebra of shards: an array of one value has no shape, which would be that of the whole."""
+    """The algebra of shards: arrays of one value have no shape, which would be that of the whole."""
 
     def array(self, kind: str, shape: Shape, value: float) -> Tensor:
         return torch.full((), value, dtype=self.dtype, device=self.device)
+
+
+class Narrow(Batched):
+    """The algebra of whole matrices where Newton-Schulz iterations multiply bfloat16 ones."""
+
+    def newton_schulz(self, x: Tensor, *, steps: int, coefficients: str) -> Tensor:
+        narrow = super().newton_schulz(x.bfloat16(), steps=steps, coefficients=coefficients)
+        return narrow.to(x.dtype)
 
 
 def local(x: Tensor) -> Tensor:
@@ -82,6 +90,7 @@ class Cut:
     scalars: Mapping[str, Any]
     gradient: Tensor
     context: Mapping[str, Tensor]
+    precision: Precision
     owner: int = 0
     # What was computed for this shard, and, on the owner, for the whole.
     known: dict[str, Tensor] = field(default_factory=dict)
@@ -90,6 +99,12 @@ class Cut:
     @property
     def dtype(self) -> torch.dtype:
         return arithmetic(self.p.dtype)
+
+    @property
+    def algebra(self) -> type[Torch]:
+        """What the matrix functions are computed in."""
+        narrow = self.dtype == torch.float32 and is_narrow(self.precision, local(self.p).device)
+        return Narrow if narrow else Batched
 
     @property
     def cost(self) -> int:
@@ -112,8 +127,7 @@ class Cut:
 
     def run(self, program: Program) -> None:
         """Compute a program on the shard."""
-        compiled = _compiled(program, self.dtype, local(self.p).device, True)
-        found = compiled({k: v for k, v in self.inputs().items() if k in program.inputs})
+        found = _compiled(program, Shard, self.dtype, local(self.p).device)({k: v for k, v in self.inputs().items() if k in program.inputs})
         self.known |= {k: torch.as_tensor(x) for k, x in found.items()}
 
     def is_single(self, name: str) -> bool:
@@ -166,9 +180,9 @@ class Cut:
 
 @lru_cache(maxsize=4096)
 def _compiled(
-    program: Program, dtype: torch.dtype, device: torch.device, on_shard: bool
+    program: Program, algebra: type[Torch], dtype: torch.dtype, device: torch.device
 ) -> Compiled:
-    return Compiled(program, (Shard if on_shard else Batched)(dtype, device))
+    return Compiled(program, algebra(dtype, device))
 
 
 class Distributed:
@@ -353,7 +367,12 @@ class Distributed:
                 g = gradients[p].to(arithmetic(p.dtype)) * factor
                 scalars = {**values, "step": float(step)}
                 context = outer.context[p] if p in outer.context else {}
-                found.append(Cut(p, name, seen, layout, rule, parts, state, scalars, g, context))
+                found.append(
+                    Cut(
+                        *(p, name, seen, layout, rule, parts, state, scalars, g, context),
+                        precision=outer.precision,
+                    )
+                )
         return found
 
     def _check_options(self, p: Tensor, name: str) -> None:
@@ -395,8 +414,8 @@ class Distributed:
         for group, i in zip(inner.param_groups, self.groups, strict=True):
             own = set(group) - {"params", "param_names", "rule", "seen_as"}
             group |= {k: v for k, v in outer.param_groups[i].items() if k in own}
-        if hasattr(outer, "grad_scale"):
-            setattr(inner, "grad_scale", outer.grad_scale)
+        scale = {k: v for k, v in vars(outer).items() if k == "grad_scale"}
+        vars(inner).update(scale)
         given = {p: g for p, g in gradients.items() if p not in self.cut}
         for p in self.params:
             if p not in self.cut:
@@ -410,8 +429,8 @@ class Distributed:
             for p in given:
                 q = self.local.get(p, p)
                 q.grad = before.get(q)
-            if hasattr(inner, "grad_scale"):
-                delattr(inner, "grad_scale")
+            for name in scale:
+                delattr(inner, name)
         for p in given:
             self._take_back(p)
 
@@ -564,12 +583,12 @@ def _functions(cuts: Sequence[Cut]) -> None:
         key = x.parts.whole, x.seen, tuple(sorted(x.scalars.items())), alone
         kinds.setdefault(key, []).append(x)
     for (program, seen, scalars, _), some in kinds.items():
-        inputs: dict[str, Any] = dict(scalars)
+        first, inputs = some[0], dict[str, Any](scalars)
+        device = local(first.p).device
         for name in program.inputs:
             if name not in inputs:
                 inputs[name] = seen.gather([x.all_of(name) for x in some], seen.entry(name))
-        compiled = _compiled(program, some[0].dtype, local(some[0].p).device, False)
-        for name, value in compiled(inputs).items():
+        for name, value in _compiled(program, first.algebra, first.dtype, device)(inputs).items():
             shape = program.outputs[name].shape
             for j, x in enumerate(some):
                 own = seen.part(torch.as_tensor(value), shape, j).expand(seen.stack(shape))
