@@ -33,19 +33,23 @@ class Ranks:
     """`run(f, *args)` calls f(rank, world, *args) on every rank."""
 
     def __init__(self, world):
+        self.world = world
+        self.pipes, self.processes = [], []
+
+    def start(self):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["on_ranks"])
-        self.world = world
         self.folder = tempfile.TemporaryDirectory()
-        self.pipes, self.processes = [], []
-        for rank in range(world):
+        for rank in range(self.world):
             ours, theirs = context.Pipe()
-            args = (rank, world, Path(self.folder.name) / "store", theirs)
+            args = (rank, self.world, Path(self.folder.name) / "store", theirs)
             self.pipes.append(ours)
             self.processes.append(context.Process(target=_serve, args=args, daemon=True))
             self.processes[-1].start()
 
     def run(self, function, *args, limit=LIMIT):
+        if not self.processes:
+            self.start()
         for pipe in self.pipes:
             pipe.send((function, args))
         end = time.monotonic() + limit
@@ -64,17 +68,10 @@ class Ranks:
                 raise result
         return [result for result, _ in answers]
 
-    def errors(self, function, *args):
-        """The error of each rank, None where there was none."""
-        for pipe in self.pipes:
-            pipe.send((function, args))
-        answers = [
-            pipe.recv() if pipe.poll(LIMIT) else (TimeoutError(), "-") for pipe in self.pipes
-        ]
-        return [error if text else None for error, text in answers]
-
     def stop(self):
         for process in self.processes:
             process.kill()
             process.join()
-        self.folder.cleanup()
+        if self.processes:
+            self.folder.cleanup()
+        self.pipes, self.processes = [], []

@@ -23,7 +23,7 @@ from torch_backend.exchange import Blocks, Exchange, Layout, Parcel
 from torch_backend.fused import Batched, Precision, is_narrow
 from torch_backend.plain import Norm
 from torch_backend.seen import Seen, arithmetic, seen_of
-from torch_backend.values import host, instance
+from torch_backend.values import host, instance, made
 
 if TYPE_CHECKING:
     from torch_backend.optimizer import Optimizer
@@ -33,7 +33,7 @@ ROUND = 1 << 26
 
 
 class Shard(Torch):
-    """The algebra of shards: arrays of one value have no shape, which would be that of the whole."""
+    """The algebra of shards; arrays of one value have no shape, which would be the whole's."""
 
     def array(self, kind: str, shape: Shape, value: float) -> Tensor:
         return torch.full((), value, dtype=self.dtype, device=self.device)
@@ -127,7 +127,9 @@ class Cut:
 
     def run(self, program: Program) -> None:
         """Compute a program on the shard."""
-        found = _compiled(program, Shard, self.dtype, local(self.p).device)({k: v for k, v in self.inputs().items() if k in program.inputs})
+        found = _compiled(program, Shard, self.dtype, local(self.p).device)(
+            {k: v for k, v in self.inputs().items() if k in program.inputs}
+        )
         self.known |= {k: torch.as_tensor(x) for k, x in found.items()}
 
     def is_single(self, name: str) -> bool:
@@ -242,7 +244,8 @@ class Distributed:
         """Raise ValueError that names the first parameter that is not the same on all ranks."""
         mine: list[str] = []
         for i, group in enumerate(self.outer.param_groups):
-            rule = self._rule(i)
+            cls = self.outer.rules[group["rule"]]
+            rule = made(cls, {k: group[k] for k in hints(cls)})
             for j, p in enumerate(group["params"]):
                 where = f" placed {p.placements}" if isinstance(p, DTensor) else ""
                 what = f"{self.outer.name_of(i, j)} of shape {tuple(p.shape)}, {p.dtype}{where}"
@@ -337,7 +340,9 @@ class Distributed:
                 if layout is not None:
                     total = _over(layout.mesh, layout.axes, total, dist.ReduceOp.SUM)
                 square = total if square is None else square + total.to(square.device)
-        return Norm((), None if square is None else square.sqrt().to(torch.float32))
+        wide = any(g.dtype == torch.float64 for g in gradients.values())
+        dtype = torch.float64 if wide else torch.float32
+        return Norm((), None if square is None else square.sqrt().to(dtype))
 
     def _cuts(self, gradients: Mapping[Tensor, Tensor], norm: Norm) -> list[Cut]:
         """The matrices in shards that take the step."""
