@@ -58,15 +58,15 @@ def streams(shapes, steps, dtype=torch.float64, seed=0):
     return [draw(s) for s in shapes], [[draw(s) for s in shapes] for _ in range(steps)]
 
 
-def equals_one_device(rank, world, rule, shapes, placement, steps, options, dtype=torch.float64):
+def equals_one_device(rank, world, rule, shapes, placement, steps, options, fused=None):
     """The largest differences of parameters and of state from an optimizer of whole tensors."""
     sizes, placements = PLACEMENTS[placement]
     mesh = mesh_of(*sizes)
-    start, gradients = streams(shapes, steps, dtype)
+    start, gradients = streams(shapes, steps)
     ones = [nn.Parameter(x.clone()) for x in start]
     many = [nn.Parameter(cut(x, mesh, placements)) for x in start]
     one = Optimizer(ones, rule, fused=False, **options)
-    two = Optimizer(many, rule, **options)
+    two = Optimizer(many, rule, fused=fused, **options)
     given = [contexts(rule, tuple(s), steps) for s in shapes]
     for t in range(steps):
         for p, q, g, c in zip(ones, many, gradients[t], given, strict=True):
@@ -418,3 +418,37 @@ def owned(rank, world, rule, shapes):
         distributed._functions = functions
     (count,) = seen
     return count
+
+
+def page(rank, world, blocks):
+    """Run the code of a page."""
+    names = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, "docs/distributed.md", "exec"), names)
+    return len(names["optimizer"].state)
+
+
+def rounds(rank, world, rule, shapes):
+    """Matrices that go one by one."""
+    before, distributed.ROUND = distributed.ROUND, 1
+    try:
+        return equals_one_device(rank, world, rule, shapes, "0", 3, {})
+    finally:
+        distributed.ROUND = before
+
+
+def kernels(rank, world, rule):
+    """How far shards that step in kernels are from whole tensors."""
+    return equals_one_device(rank, world, rule, [(7, 5), (9,)], "0", 3, {}, fused=True)
+
+
+def compiled_step(rank, world, rule):
+    """A compiled step of DTensors, which the compiler leaves alone."""
+    mesh, (start, (g,)) = mesh_of(4), streams([(8, 4)], 1)
+    pair = [nn.Parameter(cut(start[0], mesh, (Shard(0),))) for _ in range(2)]
+    for p, compiles in zip(pair, (False, True), strict=True):
+        p.grad = cut(g[0], mesh, (Shard(0),))
+        optimizer = Optimizer([p], rule)
+        step = torch.compile(optimizer.step, backend="eager") if compiles else optimizer.step
+        step()
+    return apart(pair[1], full(pair[0]))

@@ -1,5 +1,8 @@
 """Optimizers of DTensors, over several processes, equal those on one."""
 
+import re
+from pathlib import Path
+
 import on_ranks
 import pytest
 import torch
@@ -73,6 +76,25 @@ def test_work_is_shared_out(four):
     shapes = [(8, 8)] * 8
     owned = four.run(on_ranks.owned, rules.Muon(), shapes)
     assert owned == [2, 2, 2, 2]
+
+
+def test_matrices_may_go_one_by_one(four):
+    assert max(four.run(on_ranks.rounds, M3, MATRICES)) < DOUBLE
+
+
+def test_shards_step_in_kernels(four):
+    for rule in (rules.AdamW(lr=0.05), rules.NAdam(lr=0.05), rules.AdEMAMix(lr=0.05)):
+        assert max(four.run(on_ranks.kernels, rule)) < DOUBLE
+
+
+def test_a_compiled_step_of_shards(four):
+    assert max(four.run(on_ranks.compiled_step, M3)) < DOUBLE
+
+
+def test_the_page_runs(two):
+    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3 and two.run(on_ranks.page, blocks) == [4, 4]
 
 
 def test_gradients_that_some_ranks_have_not(four):

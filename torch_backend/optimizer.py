@@ -177,7 +177,7 @@ class Optimizer(torch.optim.Optimizer):
         self._without_kernels = False
         self._distributed: Distributed | None = None
         params = (p for group in getattr(self, "param_groups", ()) for p in group["params"])
-        self._on_mesh = any(map(on_mesh, params))
+        self.is_on_mesh = any(map(on_mesh, params))
 
     @property
     def context(self) -> Context:
@@ -305,7 +305,7 @@ class Optimizer(torch.optim.Optimizer):
         params = [(x.name, x.tensor) if x.name else x.tensor for x, _ in members]
         keep = {"params": params, "rule": name, **values, **extra}
         super().add_param_group(keep)
-        self._on_mesh = self._on_mesh or any(map(on_mesh, keep["params"]))
+        self.is_on_mesh = self.is_on_mesh or any(map(on_mesh, keep["params"]))
         for key in set(self.defaults) - set(values) - OWN:
             del keep[key]
         self.rules[name] = cls
@@ -346,7 +346,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            if torch.compiler.is_dynamo_compiling() and not self._on_mesh:
+            if torch.compiler.is_dynamo_compiling():
                 trace_step(self)
             else:
                 self.take_step()
@@ -358,7 +358,7 @@ class Optimizer(torch.optim.Optimizer):
         self._opt_called = True
         if dist.is_available() and dist.is_initialized():
             self._recorder.average(self.gram_group)
-        if self._on_mesh:
+        if self.is_on_mesh:
             self._step_on_mesh()
             return
         found_inf: Tensor | None = getattr(self, "found_inf", None)
