@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
+from itertools import chain, combinations
+from math import lcm
 from numbers import Integral, Real
 from typing import (
     Annotated,
@@ -275,6 +277,15 @@ def turns(shapes: Sequence[Shape]) -> list[int]:
     costs = [math.prod(shape) * min(shape, default=1) for shape in shapes]
     order = sorted(range(len(shapes)), key=lambda i: -costs[i])
     return [turn for _, turn in sorted(zip(order, range(len(order)), strict=True))]
+
+
+def ticking_together(periods: Mapping[str, int]) -> list[frozenset[str]]:
+    """Every set of clocks that can tick together: all whose periods divide one common multiple."""
+    different = set(periods.values())
+    subsets = chain.from_iterable(combinations(different, n) for n in range(len(different) + 1))
+    multiples = {lcm(*subset) for subset in subsets}
+    sets = {frozenset(k for k, n in periods.items() if m % n == 0) for m in multiples}
+    return sorted(sets, key=sorted)
 
 
 @cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, combinations
 from math import lcm, prod
 from operator import is_
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -17,7 +16,7 @@ import optax
 from deepopt.algebra import Program
 from deepopt.expr import Shape, as_expr, symbol
 from deepopt.oracle import canonical
-from deepopt.rule import Rule, trace, turns
+from deepopt.rule import Rule, ticking_together, trace, turns
 from jax_backend.algebra import Jax
 from jax_backend.together import Part, run
 
@@ -203,15 +202,6 @@ class Stepper:
         kept = {k: symbol(k, slot.shape) for k, slot in self.rule.all_slots(shape).items()}
         kept |= {self.output: as_expr(0.0)}
         return Program(kept | {k: x for k, x in whole.outputs.items() if k in kept})
-
-
-def ticking_together(periods: Mapping[str, int]) -> list[frozenset[str]]:
-    """Every set of clocks that can tick together: all whose periods divide one common multiple."""
-    different = set(periods.values())
-    subsets = chain.from_iterable(combinations(different, n) for n in range(len(different) + 1))
-    multiples = {lcm(*subset) for subset in subsets}
-    sets = {frozenset(k for k, n in periods.items() if m % n == 0) for m in multiples}
-    return sorted(sets, key=sorted)
 
 
 def _seen(rule: Rule, shape: Shape) -> tuple[Shape, Shape]:

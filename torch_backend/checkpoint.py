@@ -12,7 +12,8 @@ from torch import Tensor
 from deepopt.rule import Rule, hints
 from deepopt.rules import AMSGrad
 from torch_backend.fused import LOW_HALF
-from torch_backend.seen import seen_of
+from torch_backend.layers import on_mesh
+from torch_backend.seen import Seen, seen_of
 from torch_backend.values import made
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def checked_state(
             state = {k: v for k, v in saved.get(key, {}).items() if v is not None}
             if not state:
                 continue
-            memories = seen_of(rule, p.shape, mine["seen_as"]).memories
-            shapes = {name: stored for name, (_, stored) in memories.items()}
+            seen = seen_of(rule, p.shape, mine["seen_as"])
+            shapes = {name: stored for name, (_, stored) in seen.memories.items()}
             if optimizer.rounding == "exact" and LOW_HALF in state:
                 shapes[LOW_HALF] = p.shape
             what, names = optimizer.name_of(i, j), set(state) - {"step"}
@@ -91,8 +92,17 @@ def checked_state(
                         f"the checkpoint's {name} for {what} has shape {tuple(value.shape)}; "
                         f"it should be {tuple(shape)}"
                     )
-                loaded[p][name] = value.detach().to(p.device, copy=True)
+                loaded[p][name] = _placed(value, p, name, seen, rule)
     return loaded
+
+
+def _placed(value: Tensor, p: Tensor, name: str, seen: Seen, rule: Rule) -> Tensor:
+    """A copy of a memory on its parameter's device, or cut as the parameter on its mesh is."""
+    if on_mesh(p) or on_mesh(value):
+        from torch_backend.distributed import placed
+
+        value = placed(value, p, name, seen, rule)
+    return value.detach().to(p.device, copy=True)
 
 
 def translated(saved: Mapping[str, Any], cls: type[Rule]) -> dict[str, Any]:

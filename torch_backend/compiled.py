@@ -38,7 +38,13 @@ def handle(optimizer: Optimizer) -> int:
 
 
 def trace_step(optimizer: Optimizer) -> None:
-    """What the compiler sees of a step: which tensors it reads and writes, and no number."""
+    """What the compiler sees of a step: which tensors it reads and writes, and no number.
+
+    Where parameters lie on a device mesh it sees nothing, and breaks its graph.
+    """
+    if optimizer.is_on_mesh:
+        torch.compiler.disable(optimizer.take_step)()
+        return
     places: list[int] = []
     params: list[Tensor] = []
     gradients: list[Tensor] = []

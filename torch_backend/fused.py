@@ -134,7 +134,7 @@ def storages(
     """How each tensor of a plan is stored; memories that are not there yet are wide."""
     wide = STORAGE[arithmetic(p.dtype)]
     storage: dict[str, Storage] = dict.fromkeys((*plan.values, *plan.constants), wide)
-    if wide == "float32" and _is_narrow(how.precision, p.device):
+    if wide == "float32" and is_narrow(how.precision, p.device):
         storage |= dict.fromkeys(_orthogonalised(plan), "bfloat16")
     storage |= dict.fromkeys((k for r in plan.regions for k in r.tensors if k not in storage), wide)
     storage |= {k: STORAGE[x.dtype] for k, x in state.items() if k != "step" and x.dtype in STORAGE}
@@ -144,7 +144,8 @@ def storages(
     return storage
 
 
-def _is_narrow(precision: Precision, device: torch.device) -> bool:
+def is_narrow(precision: Precision, device: torch.device) -> bool:
+    """Whether Newton-Schulz iterations of float32 steps multiply bfloat16 matrices."""
     narrow = torch.bfloat16
     return precision == "bfloat16" or (precision == "auto" and fast_precision(device) == narrow)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
-from weakref import finalize, ref
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +20,13 @@ Context: TypeAlias = defaultdict[Tensor, dict[str, Tensor]]
 # The most numbers of a convolution's patches that are laid out at a time.
 PATCHES = 1 << 24
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def on_mesh(x: Any) -> bool:
+    """Whether a tensor is a DTensor, which lies on a device mesh in parts."""
+    # There is none where nobody has imported the module, and it is slow to import.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -64,17 +73,22 @@ class Recorder:
     averaged over. It starts anew after a step, and where the weight's `.grad` is None.
     Shapes: d × d for d inputs, groups × d × d for a convolution with groups; float32 at least.
     Memory: that, and what autograd keeps anyway; activation checkpointing is seen through.
-    One process, without torch.compile: Gram matrices are not averaged over data-parallel workers.
-    Copies and pickles watch nothing and keep only what was not recorded.
+    Without torch.compile. Where torch.distributed runs, a step takes the mean over the rows of all
+    processes. Copies and pickles watch nothing and keep only what was not recorded.
     """
 
     def __init__(self, context: Mapping[Tensor, dict[str, Tensor]] | None = None) -> None:
         self.context: Context = defaultdict(dict, context or {})
         self._layers: dict[Tensor, list[nn.Module]] = {}
         self._sums: dict[Tensor, Sum] = {}
+        self._weights: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
-    def __contains__(self, weight: Tensor) -> bool:
-        return weight in self._layers
+    def weight_of(self, layer: Any) -> Tensor | None:
+        """The watched weight of a layer, which has another one while its shards are together."""
+        weight, now = self._weights.get(layer), layer.weight
+        if weight is None or (weight is not now and not on_mesh(weight)):
+            return None
+        return weight if weight.shape == now.shape else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         given = {p: dict(values) for p, values in self.context.items()}
@@ -86,10 +100,34 @@ class Recorder:
         """Record what these layers, which share the weight, are given from now on."""
         watched = self._layers.setdefault(weight, [])
         for layer in layers:
+            self._weights[layer] = weight
             if not any(layer is x for x in watched):
                 watched.append(layer)
                 hook = layer.register_forward_hook(_Hook(self), with_kwargs=True)
                 finalize(self, hook.remove)
+
+    def average(self, group: dist.ProcessGroup | None = None) -> None:
+        """Take the mean over the rows of all processes of a group, by one all-reduce."""
+        recorded, parts = set(self._recorded()), list[Tensor]()
+        for weight, layers in self._layers.items():
+            known = self._sums[weight] if weight in recorded else Sum(_empty(weight, layers[0]))
+            rows = torch.full((1,), float(known.rows), dtype=torch.float64)
+            gram = known.gram.reshape(-1).to(torch.float64)
+            parts += [gram * known.rows, rows.to(gram.device)]
+        if not parts:
+            return
+        total = torch.cat(parts)
+        dist.all_reduce(total, group=group)
+        sums = iter(total.split([len(x) for x in parts]))
+        for weight, layers in self._layers.items():
+            gram, rows = next(sums), float(next(sums))
+            if rows and weight.grad is not None and "gram" not in self.context[weight]:
+                self._sums[weight] = Sum(_empty(weight, layers[0]))
+                self.context[weight]["gram"] = self._sums[weight].gram
+                recorded.add(weight)
+            if rows and weight in recorded:
+                own = self._sums[weight].gram
+                own.copy_((gram / rows).view(own.shape))
 
     def used(self) -> None:
         """A step has used what was recorded."""
@@ -108,24 +146,30 @@ class Recorder:
 
     def add(self, layer: Any, weight: Tensor, x: Tensor, rows: int, backward: int) -> None:
         """Add one use of a weight on this many rows, in the backward pass of this number."""
-        known, groups, side = self._sums.get(weight), groups_of(layer), prod(weight.shape[1:])
+        known, groups = self._sums.get(weight), groups_of(layer)
         if known is not None:
             replaced = self.context[weight].get("gram") is not known.gram
             anew = known.backward != backward and (known.used or weight.grad is None)
             known = None if replaced or anew else known
         if known is None:
-            shape = (groups, side, side) if groups > 1 else (side, side)
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            known = Sum(torch.zeros(shape, dtype=dtype, device=weight.device))
+            known = Sum(_empty(weight, layer))
             self._sums[weight], self.context[weight]["gram"] = known, known.gram
         if known.backward != backward:
             before, known.backward = known.rows, backward
             known.rows += rows
             known.gram.mul_(before / max(known.rows, 1))
         if known.gram.numel():
-            gram = known.gram.view(groups, side, side)
+            gram = known.gram.view(groups, *known.gram.shape[-2:])
             for keys in _keys(layer, x.to(gram.dtype), rows):
                 gram.baddbmm_(keys.mT, keys, alpha=1.0 / max(known.rows, 1))
+
+
+def _empty(weight: Tensor, layer: nn.Module) -> Tensor:
+    """The Gram matrix of no rows."""
+    groups, side = groups_of(layer), prod(weight.shape[1:])
+    shape = (groups, side, side) if groups > 1 else (side, side)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros(shape, dtype=dtype, device=weight.device)
 
 
 def _keys(layer: Any, x: Tensor, rows: int) -> Iterator[Tensor]:
@@ -163,15 +207,15 @@ class _Hook:
         recorder = self._recorder() if self._recorder else None
         if recorder is None or _transformed():
             return output
-        weight: Any = layer.weight
-        if weight not in recorder:
+        weight, mine = layer.weight, recorder.weight_of(layer)
+        if mine is None:
             return output
         x = args[0] if args else kwargs.get("input")
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return output
         if not torch.is_grad_enabled() or not weight.requires_grad:
             return output
-        return _Use.apply(output, x.detach(), layer, recorder)
+        return _Use.apply(output, x.detach(), layer, mine, recorder)
 
 
 def _transformed() -> bool:
@@ -184,10 +228,12 @@ class _Use(torch.autograd.Function):
     """The identity on a layer's output, whose backward records the layer's input."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, layer: Any, recorder: Recorder) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, layer: Any, mine: Tensor, recorder: Recorder
+    ) -> Tensor:
         # Saved the way of autograd, so that activation checkpointing may drop and recompute it.
         ctx.save_for_backward(x)
-        ctx.layer, ctx.weight, ctx.recorder = layer, layer.weight, recorder
+        ctx.layer, ctx.weight, ctx.mine, ctx.recorder = layer, layer.weight, mine, recorder
         # A reentrant checkpoint runs forward, and a backward of its own, inside the backward pass.
         ctx.outer = torch._C._current_graph_task_id()
         # Not a view, which could not be written in place.
@@ -197,12 +243,12 @@ class _Use(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,), weight = ctx.saved_tensors, ctx.weight
         if not _reaches(weight):
-            return grad, None, None, None
+            return grad, None, None, None, None
         backward = torch._C._current_graph_task_id() if ctx.outer < 0 else ctx.outer
         with torch.no_grad():
             rows = grad.numel() // max(1, len(weight))
-            ctx.recorder.add(ctx.layer, weight, x, rows, backward)
-        return grad, None, None, None
+            ctx.recorder.add(ctx.layer, ctx.mine, x, rows, backward)
+        return grad, None, None, None, None
 
 
 def _reaches(weight: Tensor) -> bool:

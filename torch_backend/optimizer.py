@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import chain, count
 from typing import (
+    TYPE_CHECKING,
     Any,
     Literal,
     TypeAlias,
@@ -15,6 +16,7 @@ from typing import (
 )
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepopt.rule import (
@@ -28,7 +30,7 @@ from torch_backend.compiled import announces_itself, handle, trace_step
 from torch_backend.fused import How, Precision, Rounding
 from torch_backend.graphs import Capture, cuda, refuse_foreign
 from torch_backend.kernels import native
-from torch_backend.layers import Context, Recorder, layers_of
+from torch_backend.layers import Context, Recorder, layers_of, on_mesh
 from torch_backend.plain import Batch, Norm, batches, run
 from torch_backend.routing import (
     Named,
@@ -42,6 +44,9 @@ from torch_backend.routing import (
 from torch_backend.seen import Seen, arithmetic, seen_of
 from torch_backend.values import host, instance, made, values_of
 from torch_backend.work import Asked, Moment, Work, lay_out, say_once
+
+if TYPE_CHECKING:
+    from torch_backend.distributed import Distributed
 
 Parameters: TypeAlias = nn.Module | Iterable[Any]
 OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
@@ -101,6 +106,8 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # What `capturable=True` makes graphs with.
     capture: Capture = staticmethod(cuda)
+    # The processes whose Gram matrices a step takes the mean of: by default all there are.
+    gram_group: Any = None
     # Hyperparameters of the rule that were given as tensors: groups keep the tensors themselves.
     _tensors: Mapping[str, Tensor] = {}
 
@@ -168,6 +175,9 @@ class Optimizer(torch.optim.Optimizer):
         self._works: dict[int, Work] = {}
         self._buffers: dict[torch.device, Tensor] = {}
         self._without_kernels = False
+        self._distributed: Distributed | None = None
+        params = (p for group in getattr(self, "param_groups", ()) for p in group["params"])
+        self.is_on_mesh = any(map(on_mesh, params))
 
     @property
     def context(self) -> Context:
@@ -295,6 +305,7 @@ class Optimizer(torch.optim.Optimizer):
         params = [(x.name, x.tensor) if x.name else x.tensor for x, _ in members]
         keep = {"params": params, "rule": name, **values, **extra}
         super().add_param_group(keep)
+        self.is_on_mesh = self.is_on_mesh or any(map(on_mesh, keep["params"]))
         for key in set(self.defaults) - set(values) - OWN:
             del keep[key]
         self.rules[name] = cls
@@ -341,19 +352,31 @@ class Optimizer(torch.optim.Optimizer):
                 self.take_step()
         return loss
 
-    def take_step(self) -> None:
-        """The step itself, without hooks."""
+    def take_step(self, norm: Norm | None = None) -> None:
+        """The step itself, without hooks. norm: of all gradients, where these are but a part."""
         refuse_foreign()
         self._opt_called = True
+        if dist.is_available() and dist.is_initialized():
+            self._recorder.average(self.gram_group)
+        if self.is_on_mesh:
+            self._step_on_mesh()
+            return
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
-        norm = Norm(p.grad for g in self.param_groups for p in g["params"])
+        norm = norm or Norm(p.grad for g in self.param_groups for p in g["params"])
         groups = [self._group(i, norm) for i in range(len(self.param_groups))]
         if self._finite(groups):
             for group in groups:
                 group.run()
             self._recorder.used()
+
+    def _step_on_mesh(self) -> None:
+        from torch_backend.distributed import Distributed
+
+        if self._distributed is None or not self._distributed.fits():
+            self._distributed = Distributed(self)
+        self._distributed.step()
 
     @torch.compiler.assume_constant_result
     def entered(self, places: tuple[int, ...]) -> int:
@@ -392,12 +415,34 @@ class Optimizer(torch.optim.Optimizer):
                     return False
         return True
 
+    def accepts(self, bad: Sequence[bool]) -> bool:
+        """Whether no parameter is bad: its gradient, or its context, not finite.
+
+        Counts the step as skipped, or raises, if one is.
+        """
+        if not any(bad):
+            return True
+        if self.on_nonfinite == "skip":
+            self.skipped_steps += 1
+            return False
+        places = [(i, j) for i, g in enumerate(self.param_groups) for j in range(len(g["params"]))]
+        name = self.name_of(*places[[*bad].index(True)])
+        raise ValueError(
+            f"the gradient or context of {name} has NaN or Inf entries; it must be finite "
+            "(on_nonfinite='skip' would leave this step out)"
+        )
+
+    def like(self, groups: Sequence[dict[str, Any]]) -> Optimizer:
+        """An optimizer of other parameters that steps them in the same way."""
+        options = {k: getattr(self, k) for k in ("fused", "precision", "rounding", "capturable")}
+        return Optimizer(groups, **options)
+
     def name_of(self, group: int, position: int) -> str:
         """What errors call a parameter."""
         names = self.param_groups[group].get("param_names")
         return names[position] if names else f"parameter {position} of group {group}"
 
-    def _check_context(self, rule: Rule, p: Tensor, seen: Seen, what: str) -> None:
+    def check_context(self, rule: Rule, p: Tensor, seen: Seen, what: str) -> None:
         """Raise an error that says what to do where a context does not fit the rule."""
         given: dict[str, tuple[int, ...]] = {}
         for name, value in (self.context[p] if p in self.context else {}).items():
@@ -436,7 +481,7 @@ class Optimizer(torch.optim.Optimizer):
             for position, p in enumerate(group["params"]):
                 if p.grad is not None:
                     seen = seen_of(rule, p.shape, group["seen_as"])
-                    self._check_context(rule, p, seen, self.name_of(i, position))
+                    self.check_context(rule, p, seen, self.name_of(i, position))
         work, rest = self._fused(i, rule, gradients)
         plain = batches(self, i, rule, scalars, norm, rest)
         moments = [] if work is None else work.moments(self.state)

@@ -36,9 +36,9 @@ class Batch(NamedTuple):
 class Norm:
     """The Frobenius norm of several gradients together, computed when it is first asked for."""
 
-    def __init__(self, gradients: Iterable[Tensor | None]) -> None:
+    def __init__(self, gradients: Iterable[Tensor | None], value: Tensor | None = None) -> None:
         self._gradients = gradients
-        self._value: Tensor | None = None
+        self._value = value
 
     def on(self, device: torch.device) -> Tensor:
         """The norm as a tensor of rank 0 on a device, in float32 at least."""

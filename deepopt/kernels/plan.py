@@ -134,17 +134,17 @@ def _planned(program: Program, shape: Shape, maximize: bool, scaled: bool) -> Pl
     seen = mul(symbol("inverse_scale"), seen) if scaled else seen
     seen = neg(seen) if maximize else seen
     outputs = {k: substitute(x, {g: seen}) for k, x in outputs.items()}
-    return _Planner(_expanded(outputs), shape).plan()
+    return _Planner(expanded(outputs), shape).plan()
 
 
-def _expanded(outputs: Mapping[str, Expr]) -> dict[str, Expr]:
+def expanded(outputs: Mapping[str, Expr]) -> dict[str, Expr]:
     """The graph with elementwise functions in place of their calls, and vectors as such."""
     new: dict[Expr, Expr] = {}
     for x in topological(outputs.values()):
         args = tuple(new[arg] for arg in x.args)
         if x.op == "call" and _elementwise_call(str(x["name"]), x):
             body, symbols = definition(x)
-            inner = _expanded({"": substitute(body, dict(zip(symbols, args, strict=True)))})
+            inner = expanded({"": substitute(body, dict(zip(symbols, args, strict=True)))})
             new[x] = inner[""]
         else:
             new[x] = _simpler(x, args)
