@@ -131,3 +131,8 @@ def test_gradients_are_clipped_under_a_scaler():
     optimizer = fit(module, 8, plugins=[plugin], gradient_clip_val=CLIP)
     assert steps(optimizer) == {8.0} and module.losses[-1] < module.losses[0]
     assert CLIP < max(module.norms) < 100.0
+
+
+def test_lightning_does_not_clip_what_the_step_unscales():
+    with pytest.raises(RuntimeError, match="M3, does not allow for gradient clipping"):
+        fit(Automatic(fused=True), 1, precision="bf16-mixed", gradient_clip_val=CLIP)
