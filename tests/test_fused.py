@@ -10,7 +10,8 @@ from deepopt.expr import Expr, absolute, array, max_, maximum, minimum, sign, sq
 from deepopt.functions import norm
 from torch_backend import Optimizer
 
-STEPS = 50
+# Beyond a tick of every clock and two of most.
+STEPS = 16
 # Parameters and gradients of one dtype, state and arithmetic of another. The products of an
 # iteration of Newton-Schulz and sums are taken in another order, which five steps of it amplify;
 # narrow weights round, rarely to the other neighbour.

@@ -1,10 +1,12 @@
 """Building and keeping C kernels: compilers that fail, folders that cannot be used, races."""
 
+import contextlib
+import io
+import multiprocessing
 import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
+import traceback
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -31,15 +33,37 @@ print(*[f"{{x.category.__name__}}: {{x.message}}" for x in said], sep="\\n")
 """
 
 
-def python(body: str, **environment: str) -> str:
-    """What a fresh process prints that runs the body."""
+# Forks processes that have imported what each of them needs, and nothing else of this one.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["torch_backend", "torch._dynamo"])
+
+
+def run(body: str, environment: dict[str, str], pipe: Connection) -> None:
+    """Send what the body prints, in a process of its own."""
+    os.environ |= environment
     text = STEP.format(body=textwrap.dedent(body).replace("\n", "\n    "))
-    given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-c", text]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, env=given, capture_output=True, text=True, cwd=root)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            exec(text, {"__name__": "body"})
+        except BaseException:
+            pipe.send(traceback.format_exc())
+            raise
+    pipe.send(printed.getvalue())
+
+
+def python(body: str, count: int = 1, **environment: str) -> str:
+    """What fresh processes print that run the body, several at once."""
+    pipes = [FRESH.Pipe(duplex=False) for _ in range(count)]
+    started = [FRESH.Process(target=run, args=(body, environment, put)) for _, put in pipes]
+    for process in started:
+        process.start()
+    for _, put in pipes:
+        put.close()
+    found = [take.recv() for take, _ in pipes]
+    for process, text in zip(started, found, strict=True):
+        process.join()
+        assert process.exitcode == 0, text
+    return "".join(found)
 
 
 REFUSED = """
@@ -105,18 +129,9 @@ def test_kernels_are_kept_and_damaged_ones_built_anew(tmp_path):
 
 
 def test_processes_that_build_the_same_at_once_do_not_disturb_each_other(tmp_path):
-    text = STEP.format(body="take(fused=True)")
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "DEEPOPT_CACHE": str(tmp_path / "cache")}
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", text]
-    pipe = subprocess.PIPE
-    started = [
-        subprocess.Popen(command, env=given, cwd=root, stdout=pipe, stderr=pipe, text=True)
-        for _ in range(4)
-    ]
-    for process in started:
-        _, error = process.communicate()
-        assert process.returncode == 0, error
+    cache = tmp_path / "cache"
+    assert python("take(fused=True)", count=4, DEEPOPT_CACHE=str(cache)).strip() == ""
+    assert len(list(cache.glob("*/*.so"))) == 2 and not list(cache.glob("build-*"))
 
 
 @pytest.fixture
@@ -144,7 +159,7 @@ def test_results_do_not_depend_on_the_number_of_threads(threads, shape):
         assert all(map(torch.equal, found[0], other))
 
 
-def test_a_forked_child_has_threads_of_its_own(tmp_path):
+def test_a_forked_child_has_threads_of_its_own():
     body = """
     import os
     torch.set_num_threads(3)

@@ -1,5 +1,6 @@
 """A step that is compiled, replayed from graphs, or given scaled gradients is the plain one."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -426,8 +427,18 @@ def test_scaled_training_is_unscaled_training(fused, unscale):
         before = [p.grad.clone() for p in run.model.parameters()]
         scaler.step(run.optimizer)
         scaler.update()
-        assert all(map(torch.equal, before, [p.grad for p in run.model.parameters()]))
+        # A scaler unscales before the step what the step does not unscale itself.
+        expected = before if fused or unscale else [p.grad for p in plain.model.parameters()]
+        assert all(map(torch.equal, expected, [p.grad for p in run.model.parameters()]))
         same(plain, run)
+
+
+@pytest.mark.parametrize("fused", [True, None, False])
+def test_gradients_stay_scaled_only_where_kernels_were_asked_for(fused):
+    """Trainers do not clip what stays scaled, and torch's classes say so of fused=True alone."""
+    optimizer = made(RULES["M3"], fused=fused).optimizer
+    for each in (optimizer, copy.deepcopy(optimizer)):
+        assert getattr(each, "_step_supports_amp_scaling", False) == (fused is True)
 
 
 @pytest.mark.parametrize("unscale", [False, True])

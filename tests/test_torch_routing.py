@@ -107,6 +107,23 @@ def test_bare_tensors_are_told_apart_by_shape_alone():
     assert [r.name for r in optimizer.routing.routes] == ["0.0", "1.0", "1.1"]
 
 
+def test_paths_with_slashes_are_names():
+    shapes = {"model/wte/table": (9, 4), "model/up/kernel": (4, 8), "model/head/kernel": (4, 9)}
+    routes = table(torch_backend.M3([(n, parameter(*s)) for n, s in shapes.items()]))
+    assert [routes[name][0] for name in shapes] == ["AdamW", "M3", "AdamW"]
+
+
+def test_a_group_may_ask_for_the_fallback():
+    """timm says so of the parameters that match its `fallback_list`."""
+    apart = {"params": [parameter(9, 4), parameter(4)], "use_fallback": True, "lr_scale": 0.5}
+    optimizer = torch_backend.M3([apart, {"params": [parameter(9, 4)]}], lr=0.1)
+    assert [r.rule for r in optimizer.routing.routes] == ["AdamW", "AdamW", "M3"]
+    assert optimizer.param_groups[0]["lr"] == 0.1 and optimizer.param_groups[0]["lr_scale"] == 0.5
+    other = {"params": [parameter(4, 4)], "use_fallback": True}
+    optimizer = torch_backend.M3([other], fallback=rules.Muon())
+    assert table(optimizer) == {"0.0": ("Muon", "flatten", "matrix (or an embedding or head?)")}
+
+
 def test_a_group_with_its_own_rule_takes_embeddings():
     model = GPT(width=16, layers=1, heads=2)
     groups = [{"params": [("wte.weight", model.tokens.weight)], "rule": rules.Muon()}]

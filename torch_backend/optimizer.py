@@ -56,6 +56,7 @@ KEY = 0x64656570
 # Keys of a group that belong to the binding, and those that schedulers and trainers leave there.
 OWN = {"params", "param_names", "rule", "seen_as", "maximize"}
 FOREIGN = {*"initial_lr base_lr max_lr min_lr base_momentum max_momentum swa_lr name".split()}
+FOREIGN |= {"lr_scale", "use_fallback"}
 # The attributes that a copy or a pickle keeps beside those of torch's base class.
 KEPT = (
     *("_rule", "_fallback", "_views", "_strict", "rules", "_why", "_tensors"),
@@ -69,7 +70,7 @@ class Optimizer(torch.optim.Optimizer):
 
     params: a module, an iterable of tensors or of (name, tensor) pairs, or of group dicts. A group
         may name its `rule` and override any hyperparameter; groups hold plain numbers, so learning
-        rate schedulers and checkpoints work on them.
+        rate schedulers and checkpoints work on them. `use_fallback=True` gives it to the fallback.
     rule: of groups that name none; AdamW by default.
     fallback: the rule of parameters that a matrix rule cannot take, and of embeddings and output
         heads where a module or names tell them apart (bare tensors cannot be told apart: give
@@ -101,9 +102,6 @@ class Optimizer(torch.optim.Optimizer):
     Raises ValueError or TypeError that quote what was given; then nothing has changed.
     """
 
-    # A scaler of gradients tells the step what it knows in `grad_scale` and `found_inf`, which it
-    # sets and deletes again; it multiplies the one that it finds, so that neither has a default.
-    _step_supports_amp_scaling = True
     # What `capturable=True` makes graphs with.
     capture: Capture = staticmethod(cuda)
     # The processes whose Gram matrices a step takes the mean of: by default all there are.
@@ -169,6 +167,15 @@ class Optimizer(torch.optim.Optimizer):
         for pattern in self._views:
             if not any(fnmatch(name, pattern) for name in names):
                 raise ValueError(f"views={{{pattern!r}: ...}} matches no parameter; names: {names}")
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a scaler leaves gradients scaled, and sets `grad_scale` and `found_inf`.
+
+        As in torch where fused=True was asked for: trainers refuse to clip scaled gradients. The
+        scaler deletes both again and multiplies what it finds, so that neither has a default.
+        """
+        return self.fused is True
 
     def _forget_work(self) -> None:
         """Drop what is kept between fused steps."""
@@ -255,10 +262,11 @@ class Optimizer(torch.optim.Optimizer):
             check_view(seen_as)
         certain = self._fallback is not None
         options = {"chosen": chosen is not None, "strict": self._strict, "certain": certain}
+        first = rest if param_group.get("use_fallback") else rule
         parts: dict[tuple[bool, str], list[tuple[Named, str]]] = {}
         for x in known:
             asked = seen_as or next((v for k, v in self._views.items() if fnmatch(x.name, k)), "")
-            taken, view, why = route(x, rule, rest, asked, **options)
+            taken, view, why = route(x, first, rest, asked, **options)
             parts.setdefault((taken is rule, view), []).append((x, why))
         extra = {k: v for k, v in param_group.items() if k in FOREIGN}
         extra["maximize"] = param_group.get("maximize", self.defaults["maximize"])

@@ -17,7 +17,7 @@ from torch_backend.layers import groups_of, layers_of
 
 # Names by which people call a last projection and an embedding, for parameters that come by name.
 HEAD = re.compile(r"(^|\.)(lm_head|head|heads|classifier|score|logits|unembed|embed_out|output)$")
-EMBEDDING = re.compile(r"(^|[._])(emb|embed|embedding|embeddings|wte|wpe|tok_embeddings)([._]|$)")
+EMBEDDING = re.compile(r"(^|[._/])(emb|embed|embedding|embeddings|wte|wpe|tok_embeddings)([._/]|$)")
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 CONVOLUTIONS = tuple(getattr(nn, f"Conv{t}{n}d") for t in ("", "Transpose") for n in (1, 2, 3))
 
@@ -153,7 +153,7 @@ def of_iterable(parameters: Any) -> list[Named]:
             case Named():
                 found.append(x)
             case (str(name), tensor):
-                owner = name.rpartition(".")[0] or name
+                owner = name.replace("/", ".").rpartition(".")[0] or name
                 role: Role = "head" if HEAD.search(owner) else "named"
                 found.append(Named(name, tensor, "embedding" if EMBEDDING.search(name) else role))
             case _:
