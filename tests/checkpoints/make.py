@@ -1,7 +1,8 @@
-"""Makes the checkpoints of a version: `PYTHONPATH=tests python -m checkpoints.make tests/checkpoints/v0.1`.
+"""Makes the checkpoints of a version; tests/test_old_checkpoints.py continues from them for ever.
 
-Once per version whose format differs, before the code changes; the files are then kept for ever, and
-tests/test_old_checkpoints.py continues from them.
+    PYTHONPATH=tests python -m checkpoints.make tests/checkpoints/v0.1
+
+It is run once for each version whose format is new, before the code changes.
 """
 
 import json
@@ -121,7 +122,9 @@ def main(folder: Path) -> None:
     rest = {k: case for k, case in known.items() if case.shapes is LAYER and k != "exact"}
     leaves = {f"{k}{path}": x for k, case in rest.items() for path, x in in_jax(case).items()}
     about = {k: json.dumps([type(x.rule).__name__, values_of(x.rule)]) for k, x in rest.items()}
-    save_file({k: np.ascontiguousarray(x) for k, x in leaves.items()}, folder / "jax.safetensors", about)
+    save_file(
+        {k: np.array(x, order="C") for k, x in leaves.items()}, folder / "jax.safetensors", about
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,97 @@
+"""Checkpoints of every version so far are loaded, and their runs go on to the same numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import torch
+from cases import TOLERANCE, difference
+from safetensors import safe_open
+from torch import nn
+
+from deepopt import Rule, rules
+from jax_backend import transform
+from torch_backend import Optimizer
+from torch_backend.checkpoint import SCHEMA
+
+FOLDER = Path(__file__).parent / "checkpoints"
+IN_TORCH = {
+    f"{path.parent.name}-{name}": run
+    for path in sorted(FOLDER.glob("*/torch.pt"))
+    for name, run in torch.load(path, weights_only=True).items()
+}
+
+
+IN_JAX: dict[str, tuple[Rule, dict[str, Any]]] = {}
+for path in sorted(FOLDER.glob("*/jax.safetensors")):
+    with safe_open(path, framework="numpy") as file:
+        leaves = file.get_tensors()
+        for name, text in sorted(file.metadata().items()):
+            rule, values = json.loads(text)
+            values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            IN_JAX[f"{path.parent.name}-{name}"] = (
+                getattr(rules, rule)(**values),
+                {k.removeprefix(name): x for k, x in leaves.items() if k.startswith(f"{name}[")},
+            )
+
+
+def test_every_rule_of_v0_1_is_there():
+    assert {f"v0.1-{rule.__name__}" for rule in rules.ALL} <= set(IN_TORCH) & set(IN_JAX)
+
+
+@pytest.mark.parametrize("name", IN_TORCH)
+def test_a_torch_checkpoint_goes_on(name):
+    saved = IN_TORCH[name]
+    params = {k: nn.Parameter(x.clone()) for k, x in saved["before"].items()}
+    groups = []
+    for group in saved["state"]["param_groups"]:
+        assert "v0.1" not in name or "schema" not in group
+        members = [(k, params[k]) for k in group["param_names"]]
+        seen = {"seen_as": group["seen_as"]} if group["seen_as"] else {}
+        groups.append({"params": members, "rule": getattr(rules, group["rule"])(), **seen})
+    optimizer = Optimizer(groups, rounding=saved["rounding"])
+    optimizer.load_state_dict(saved["state"])
+    assert {group["schema"] for group in optimizer.param_groups} == {SCHEMA}
+    for k, p in params.items():
+        p.grad = saved["gradients"][k]
+        optimizer.context[p].update(saved["context"][k])
+    optimizer.step()
+    for k, p in params.items():
+        tolerance = TOLERANCE["bfloat16" if p.dtype == torch.bfloat16 else "float32"]
+        assert difference(p.detach().float(), saved["after"][k].float()) <= tolerance / 40
+        assert not torch.equal(p, saved["before"][k])
+
+
+def of(leaves: dict[str, Any], what: str) -> dict[str, Any]:
+    """A tree of the names of a layer."""
+    return {k: leaves.get(f"['{what}']['{k}']") for k in ("layer.bias", "layer.weight")}
+
+
+@pytest.mark.parametrize("name", IN_JAX)
+def test_the_leaves_of_an_optax_state_are_what_they_were(name):
+    """By path, shape and dtype, so that orbax, flax or a list of leaves restores it."""
+    rule, leaves = IN_JAX[name]
+    state = jax.eval_shape(transform(rule).init, of(leaves, "before"))
+    found, _ = jax.tree_util.tree_flatten_with_path({"state": state})
+    mine = {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in found}
+    theirs = {k: (x.shape, x.dtype) for k, x in leaves.items() if k.startswith("['state']")}
+    assert mine == theirs
+
+
+# One of each kind, since a trace of every rule is dear; test_interchange.py has them all.
+@pytest.mark.parametrize("name", ["v0.1-AdamW", "v0.1-M3", "v0.1-Nest"])
+def test_an_optax_checkpoint_goes_on(name):
+    rule, leaves = IN_JAX[name]
+    params, tx = of(leaves, "before"), transform(rule)
+    state = tx.init(params)
+    found, tree = jax.tree_util.tree_flatten_with_path({"state": state})
+    state = tree.unflatten([jnp.asarray(leaves[jax.tree_util.keystr(path)]) for path, _ in found])
+    updates, _ = tx.update(of(leaves, "gradients"), state["state"], params)
+    after = optax.apply_updates(params, updates)
+    for k, x in of(leaves, "after").items():
+        assert difference(after[k], x) <= TOLERANCE["float32"] / 40
+        assert difference(params[k], x) > TOLERANCE["float32"]
