@@ -1,6 +1,8 @@
 """A run moves from torch to optax and back through a file, and its state with it bit for bit."""
 
+import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -371,3 +373,13 @@ def test_a_file_says_the_rules(tmp_path):
     found = interchange.rules_of(tmp_path / "a")
     name, values = found["layer.weight"]
     assert getattr(rules, name)(**values) == rule and found["layer.bias"][0] == "AdamW"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_the_page_on_checkpoints_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(blocks), "checkpoints.md", "exec"), {"__name__": "page"})
+    assert "in 4 ways; nothing was loaded" in capsys.readouterr().out
+    assert {x.name for x in tmp_path.iterdir()} == {"checkpoint.pt", "folder", "state.safetensors"}

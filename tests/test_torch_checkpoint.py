@@ -9,6 +9,8 @@ import random
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
 from cases import CASES, DEFAULTS
 from models import give_context
 from torch import nn
@@ -523,7 +525,9 @@ def test_names_in_another_order_are_matched():
             assert equal(dict(two.state[p]), dict(one.state[known[name]]))
 
 
-@pytest.mark.parametrize("around", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "around", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
 def test_names_of_a_wrapped_model_are_those_of_the_model(around):
     one, two = layers("abc"), layers("abc")
     checkpoint = saved(one.state_dict())
@@ -637,3 +641,41 @@ def test_a_load_is_whole_or_nothing():
             run(optimizer, 3, 4)
             optimizer = layers("ba")
     assert 50 < refused < 125
+
+
+# torch.distributed.checkpoint, in one process
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_distributed_checkpoint_goes_on(flatten, old, tmp_path):
+    """Nested and flattened; one of v0.1 has no schema, and is read with allow_partial_load."""
+    options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def made(seed: int) -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
+        return model, Optimizer(model, rules.SOAP(lr=0.1, period=2))
+
+    model, optimizer = made(0)
+    run(optimizer, 0, 3)
+    kept = dcp_state.get_optimizer_state_dict(model, optimizer, options=options)
+    for group in [kept] if flatten else kept["param_groups"]:
+        for key in [k for k in group if old and k.split(".")[-1] == "schema"]:
+            del group[key]
+    dcp.save({"optimizer": kept, "model": model.state_dict()}, checkpoint_id=tmp_path)
+
+    other, again = made(1)
+    run(again, 5, 6)
+    loaded = dcp_state.get_optimizer_state_dict(other, again, options=options)
+    found = {"optimizer": loaded, "model": other.state_dict()}
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=old)
+    dcp.load(found, checkpoint_id=tmp_path, planner=planner)
+    other.load_state_dict(found["model"])
+    dcp_state.set_optimizer_state_dict(other, again, found["optimizer"], options=options)
+    assert same(optimizer, again)
+    for x in (optimizer, again):
+        run(x, 3, 5)
+    assert same(optimizer, again)
+    assert {g["schema"] for g in again.param_groups} == {SCHEMA}

@@ -30,7 +30,9 @@ MIGRATIONS: Sequence[Callable[[dict[str, Any]], dict[str, Any]]] = (lambda given
 SCHEMA = len(MIGRATIONS)
 
 # What modules around a model put into the names of its parameters.
-AROUND = re.compile(r"^module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+AROUND = re.compile(
+    r"^(_orig_mod\.)?module\.|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 def checked(
@@ -56,9 +58,9 @@ def checked(
                 if found:
                     states[p] = found
     keys = [key for group in given["param_groups"] for key in group["params"]]
-    if len({*keys}) < len(keys):
+    if len(known := {*keys}) < len(keys):
         wrong.append(f"the checkpoint's groups have a parameter more than once: {several(keys)}")
-    if lost := [k for k in given["state"] if isinstance(k, int) and k not in keys]:
+    if lost := [k for k in given["state"] if isinstance(k, int) and k not in known]:
         wrong.append(
             f"the checkpoint has state for {several(lost)}, which is in none of its groups"
         )
@@ -77,7 +79,7 @@ def placed(value: Tensor, p: Tensor) -> Tensor:
 def migrated(given: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint in the present schema; ValueError where it is none, or of a newer one."""
     groups: Any = given.get("param_groups")
-    whole = isinstance(groups, list) and all(map(_whole, groups))
+    whole = isinstance(groups, list | tuple) and all(map(_whole, groups))
     if not whole or not isinstance(given.get("state"), Mapping):
         raise ValueError(
             "a checkpoint is what state_dict() makes: 'state' by parameter, and 'param_groups' "
@@ -99,10 +101,10 @@ def migrated(given: dict[str, Any]) -> dict[str, Any]:
 
 def _whole(group: Any) -> bool:
     """Whether a saved group says its parameters."""
-    if not isinstance(group, Mapping) or not isinstance(keys := group.get("params"), list):
+    if not isinstance(group, Mapping) or not isinstance(keys := group.get("params"), list | tuple):
         return False
     names = group.get("param_names", [""] * len(keys))
-    typed = isinstance(names, list) and all(isinstance(x, str) for x in names)
+    typed = isinstance(names, list | tuple) and all(isinstance(x, str) for x in names)
     return typed and len(names) == len(keys) and all(isinstance(x, int | str) for x in keys)
 
 
