@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import nn
 
 from deepopt import Rule, rules
-from jax_backend import transform
-from torch_backend import Optimizer
+from jax_backend import export_state, transform
+from torch_backend import Optimizer, import_state
 from torch_backend.checkpoint import SCHEMA
 
 FOLDER = Path(__file__).parent / "checkpoints"
@@ -56,6 +56,13 @@ def test_a_torch_checkpoint_goes_on(name):
     optimizer = Optimizer(groups, rounding=saved["rounding"])
     optimizer.load_state_dict(saved["state"])
     assert {group["schema"] for group in optimizer.param_groups} == {SCHEMA}
+    for group in saved["state"]["param_groups"]:
+        for key, k in zip(group["params"], group["param_names"], strict=True):
+            kept, found = saved["state"]["state"].get(key, {}), optimizer.state[params[k]]
+            assert kept.keys() == found.keys()
+            assert all(
+                torch.equal(x, found[n]) and x.dtype == found[n].dtype for n, x in kept.items()
+            )
     for k, p in params.items():
         p.grad = saved["gradients"][k]
         optimizer.context[p].update(saved["context"][k])
@@ -82,16 +89,43 @@ def test_the_leaves_of_an_optax_state_are_what_they_were(name):
     assert mine == theirs
 
 
-# The others have the same leaves, and test_interchange.py says what follows from them.
+def restored(name: str) -> Any:
+    """The state of a transform with the leaves that were saved."""
+    rule, leaves = IN_JAX[name]
+    state = jax.eval_shape(transform(rule).init, of(leaves, "before"))
+    found, tree = jax.tree_util.tree_flatten_with_path({"state": state})
+    return tree.unflatten([leaves[jax.tree_util.keystr(path)] for path, _ in found])["state"]
+
+
+@pytest.mark.parametrize("name", IN_JAX)
+def test_an_optax_checkpoint_goes_on_in_torch(name, tmp_path):
+    """A trace of every rule in jax would be dear; test_interchange.py says that they agree."""
+    rule, leaves = IN_JAX[name]
+    before, gradients = of(leaves, "before"), of(leaves, "gradients")
+    export_state(restored(name), before, tmp_path / "state", rule)
+    params = {k: nn.Parameter(torch.tensor(x)) for k, x in before.items()}
+    optimizer = Optimizer(list(params.items()), rule, fused=False)
+    import_state(optimizer, tmp_path / "state")
+    for k, p in params.items():
+        p.grad = torch.tensor(gradients[k], dtype=p.dtype)
+    for what in rule.context((1, 1)):
+        weight = params["layer.weight"]
+        optimizer.context[weight][what] = torch.tensor(
+            leaves[f"['context']['{what}']['layer.weight']"]
+        )
+    optimizer.step()
+    for k, x in of(leaves, "after").items():
+        assert difference(params[k].detach(), x) <= TOLERANCE["float32"]
+        assert difference(before[k], x) > TOLERANCE["float32"]
+
+
 @pytest.mark.parametrize("name", ["v0.1-AdamW", "v0.1-M3"])
 def test_an_optax_checkpoint_goes_on(name):
     rule, leaves = IN_JAX[name]
-    params, tx = of(leaves, "before"), transform(rule)
-    state = tx.init(params)
-    found, tree = jax.tree_util.tree_flatten_with_path({"state": state})
-    state = tree.unflatten([jnp.asarray(leaves[jax.tree_util.keystr(path)]) for path, _ in found])
-    update = jax.jit(tx.update, compiler_options={"xla_backend_optimization_level": 0})
-    updates, _ = update(of(leaves, "gradients"), state["state"], params)
+    params = of(leaves, "before")
+    state = jax.tree.map(jnp.asarray, restored(name))
+    update = jax.jit(transform(rule).update, compiler_options={"xla_backend_optimization_level": 0})
+    updates, _ = update(of(leaves, "gradients"), state, params)
     after = optax.apply_updates(params, updates)
     for k, x in of(leaves, "after").items():
         assert difference(after[k], x) <= TOLERANCE["float32"] / 40

@@ -38,11 +38,11 @@ AROUND = re.compile(
 def checked(
     optimizer: Optimizer, given: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
-    """The groups of a checkpoint, and copies of its state on the parameters' devices.
+    """The groups of a `migrated` checkpoint, and copies of its state on the parameters' devices.
 
     Raises one ValueError that lists all differences from the optimizer, and changes nothing.
     """
-    given, wrong = migrated(given), list[str]()
+    wrong = list[str]()
     groups: list[dict[str, Any]] = []
     states: dict[Tensor, dict[str, Any]] = {}
     for i, saved in enumerate(_in_our_order(optimizer, given["param_groups"], wrong)):

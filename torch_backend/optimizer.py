@@ -23,7 +23,7 @@ from deepopt.rule import (
     hints,
 )
 from deepopt.rules import DESCENT, SGD, AdamW
-from torch_backend.checkpoint import SCHEMA, checked
+from torch_backend.checkpoint import SCHEMA, checked, migrated
 from torch_backend.compiled import announces_itself, handle, trace_step
 from torch_backend.fused import How, Precision, Rounding
 from torch_backend.graphs import Capture, cuda, refuse_foreign
@@ -505,6 +505,7 @@ class Optimizer(torch.optim.Optimizer):
         loaded: dict[Tensor, dict[str, Any]] = {}
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            given = migrated(given)
             groups, state = checked(self, given)
             loaded.update(state)
             keys = {key for group in groups for key in group["params"]}
