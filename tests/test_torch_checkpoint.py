@@ -679,3 +679,13 @@ def test_a_distributed_checkpoint_goes_on(flatten, old, tmp_path):
         run(x, 3, 5)
     assert same(optimizer, again)
     assert {g["schema"] for g in again.param_groups} == {SCHEMA}
+
+
+def test_keys_that_do_not_add_up_are_refused():
+    optimizer = layers("ab")
+    checkpoint = saved(optimizer.state_dict())
+    checkpoint["param_groups"][0]["params"] = [0, 0]
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=r"more than once: 0, 0, 2, 3\n.*state for 1, which is in "):
+        optimizer.load_state_dict(checkpoint)
+    assert equal(before, everything(optimizer))
