@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from deepopt import around as around
 from deepopt import rules as rules
 from deepopt.describe import describe as describe
+from deepopt.files import replacing as replacing
 from deepopt.latex import latex as latex
 from deepopt.memory import MLP as MLP
 from deepopt.memory import Linear as Linear

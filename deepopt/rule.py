@@ -169,8 +169,8 @@ class Rule(_Frozen, ABC):
     domain: ClassVar[Literal["any", "matrix"]] = "any"
 
     def __post_init__(self) -> None:
-        for name, hint in hints(type(self)).items():
-            _validate(f"{type(self).__name__}({name}=", getattr(self, name), hint)
+        for name in hints(type(self)):
+            check_value(type(self), name, getattr(self, name))
         if self.every > 1 and self.context((1, 1)):
             raise ValueError(
                 f"{type(self).__name__}(every={self.every!r}): its {[*self.context((1, 1))]} go by "
@@ -317,7 +317,7 @@ def check_hyperparameters(cls: type[Rule], names: Iterable[str]) -> None:
 def check_scalars(cls: type[Rule], values: Mapping[str, Any]) -> None:
     """Raise ValueError where a scalar hyperparameter has a value that the rule cannot have."""
     for name in scalar_names(cls):
-        _validate(f"{cls.__name__}({name}=", values[name], hints(cls)[name])
+        check_value(cls, name, values[name])
 
 
 def domain_of(hint: Any) -> Domain | None:
@@ -332,7 +332,9 @@ def scalar_names(cls: type[Rule]) -> tuple[str, ...]:
     return tuple(name for name, domain in domains.items() if domain and domain.scalar)
 
 
-def _validate(label: str, value: Any, hint: Any) -> None:
+def check_value(cls: type[Rule], name: str, value: Any) -> None:
+    """Raise ValueError where a hyperparameter has a value that the rule cannot have."""
+    hint = hints(cls)[name]
     domain, wrong = domain_of(hint), ""
     if domain is not None:
         inner = get_args(hint)[0]
@@ -353,7 +355,7 @@ def _validate(label: str, value: Any, hint: Any) -> None:
     elif hint is float or hint == Number:
         wrong = "annotated Scalar, Rate or Retention, which a schedule can change, not float"
     if wrong:
-        raise ValueError(f"{label}{value!r}) must be {wrong}")
+        raise ValueError(f"{cls.__name__}({name}={value!r}) must be {wrong}")
 
 
 def _is_number(value: Any) -> bool:

@@ -213,6 +213,12 @@ def _seen(rule: Rule, shape: Shape) -> tuple[Shape, Shape]:
     return shape[:-2], shape[-2:]
 
 
+def matrices_of(rule: Rule, shape: Shape) -> tuple[int, Shape]:
+    """How many of which shape a rule sees in a leaf; 0 where it takes the leaf as it is."""
+    batch, seen = _seen(rule, shape)
+    return prod(batch) if rule.domain == "matrix" else 0, seen
+
+
 def _arithmetic(*xs: Any) -> Any:
     """The dtype of a step's arithmetic and of the memories."""
     return jnp.promote_types(jnp.result_type(*xs), jnp.float32)

@@ -17,6 +17,9 @@ from deepopt.rule import Rule, check_hyperparameters, checked_rule, scalar_names
 from deepopt.rules import DESCENT, SGD, AdamW
 from jax_backend.step import RuleState, Stepper, is_absent
 
+# What the default fallback takes from the rule.
+SHARED = ("lr", "weight_decay", "every")
+
 
 def scale_by_rule(rule: Rule, **hyperparameters: Any) -> optax.GradientTransformationExtraArgs:
     """The direction of a rule, in the manner of `optax.scale_by_adam`: no lr and no weight decay.
@@ -61,12 +64,8 @@ def transform(
         if fallback is not None:
             raise TypeError(f"{type(rule).__name__} takes every leaf, so {fallback=} has no use")
         return own
-    shared = ("lr", "weight_decay", "every") if fallback is None else ()
-    default = SGD() if isinstance(rule, DESCENT) else AdamW()
-    other = checked_rule(fallback or default, "fallback").with_values(
-        {k: getattr(known, k) for k in shared}
-    )
-    others = {k: v for k, v in later.items() if k in shared}
+    other = fallback_of(known, fallback)
+    others = {k: v for k, v in later.items() if k in SHARED and fallback is None}
     parts = optax.partition(
         {"rule": own, "fallback": _optax(Stepper(other, others, "update", mask))},
         lambda tree: jax.tree.map(lambda x: "rule" if jnp.ndim(x) > 1 else "fallback", tree),
@@ -76,6 +75,13 @@ def transform(
         return parts.update(updates, *args, **{"gradients": updates, **extra})
 
     return optax.GradientTransformationExtraArgs(parts.init, update)
+
+
+def fallback_of(rule: Rule, fallback: Rule | None) -> Rule:
+    """The rule of leaves that a matrix rule cannot take."""
+    default = SGD() if isinstance(rule, DESCENT) else AdamW()
+    shared = {k: getattr(rule, k) for k in SHARED} if fallback is None else {}
+    return checked_rule(fallback or default, "fallback").with_values(shared)
 
 
 def averaged(params: Any, state: Any) -> Any:

@@ -1,11 +1,16 @@
 """State of the torch binding: its names and dtypes, checkpoints, copies, and batches."""
 
 import copy
+import functools
 import io
+import operator
 import pickle
+import random
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as dcp_state
 from cases import CASES, DEFAULTS
 from models import give_context
 from torch import nn
@@ -14,6 +19,7 @@ import torch_backend
 import torch_backend.plain
 from deepopt import Rule, rules
 from torch_backend import Optimizer
+from torch_backend.checkpoint import SCHEMA
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_default = pytest.mark.parametrize("rule", DEFAULTS, ids=lambda r: type(r).__name__)
@@ -416,3 +422,270 @@ def test_memories_left_behind_by_a_change_of_the_rule_do_not_block_a_resume():
     optimizer.load_state_dict(optimizer.state_dict())
     assert "slow_1" in optimizer.state[p] and "slow_2" not in optimizer.state[p]
     optimizer.step()
+
+
+# What differs is listed, all of it
+
+
+def everything(optimizer: Optimizer) -> list:
+    """All that a refused load must leave alone."""
+    state = {p: dict(s) for p, s in optimizer.state.items()}
+    return copy.deepcopy([
+        [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
+        [[list(s), *s.values()] for s in state.values()],
+        [p.detach() for g in optimizer.param_groups for p in g["params"]],
+        dict(optimizer.rules),
+    ])  # fmt: skip
+
+
+def equal(a: object, b: object) -> bool:
+    """Nested lists and dicts with equal tensors of one dtype."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, list | tuple | dict) and type(a) is type(b) and len(a) == len(b):
+        return all(map(equal, a, b)) and (
+            not isinstance(a, dict) or equal([*a.items()], [*b.items()])
+        )
+    return type(a) is type(b) and a == b
+
+
+def layers(names: str, rule: Rule | None = None, shape: tuple[int, ...] = (4, 3)) -> Optimizer:
+    """An optimizer of named matrices, one per letter, with a vector for each."""
+    pairs = zip(names, parameters(shape, count=len(names)), strict=True)
+    biases = zip(names, parameters((3,), count=len(names)), strict=True)
+    named = [(f"{x}.weight", p) for x, p in pairs] + [(f"{x}.bias", p) for x, p in biases]
+    optimizer = Optimizer(named, rule or rules.M3())
+    run(optimizer, 0, 2)
+    return optimizer
+
+
+def test_all_differences_are_in_one_error():
+    checkpoint = saved(layers("abc").state_dict())
+    first, second = checkpoint["param_groups"]
+    first |= {"floor": -1.0, "steps": "five"}
+    second["seen_as"] = "stacked"
+    optimizer = layers("abd")
+    before = everything(optimizer)
+    with pytest.raises(ValueError) as refused:
+        optimizer.load_state_dict(checkpoint)
+    for words in (
+        "does not fit this optimizer in 5 ways; nothing was loaded:",
+        "group 0 of the checkpoint has parameters 'c.weight' that this optimizer has not, and not "
+        "its 'd.weight' (without 'param_names'",
+        "group 0 of the checkpoint: M3(floor=-1.0) must be a finite number >= 0",
+        "group 0 of the checkpoint: M3(steps='five') must be an integer >= 1",
+        "group 1 of the checkpoint has parameters 'c.bias'",
+        "group 1 of the checkpoint was seen as 'stacked'; in this optimizer it is seen as ''",
+    ):
+        assert words in str(refused.value)
+    assert equal(before, everything(optimizer))
+
+    checkpoint = saved(layers("abc").state_dict())
+    states = checkpoint["state"]
+    states[0]["step"], states[1]["slow_1"] = torch.tensor(1.5), torch.zeros(3, 4)
+    kept = sorted(set(states[2]) - {"step"})
+    del states[2][kept[0]]
+    states[3] |= {"exp_avg": torch.zeros(3, dtype=torch.int64), "exp_avg_sq": "none"}
+    states[4] = [1, 2]
+    optimizer = layers("abc")
+    with pytest.raises(ValueError) as refused:
+        optimizer.load_state_dict(checkpoint)
+    for words in (
+        "in 6 ways",
+        "the checkpoint's step for a.weight is 1.5; it should be a number of steps",
+        "the checkpoint's slow_1 for b.weight has shape (3, 4); it should be (4, 3)",
+        f"the checkpoint has memories {kept[1:]} for c.weight; M3 keeps {kept}",
+        "the checkpoint's exp_avg for a.bias has dtype torch.int64; its memories are floating",
+        "the checkpoint's exp_avg_sq for a.bias is 'none'; it should be a tensor",
+        "the checkpoint's state for b.bias is [1, 2], not a dict",
+    ):
+        assert words in str(refused.value)
+
+
+def test_a_long_list_of_differences_is_cut():
+    names = "abcdefghijklmnopqrstuvwxy"
+    checkpoint = layers(names, rules.AdamW()).state_dict()
+    for state in checkpoint["state"].values():
+        state["exp_avg"] = torch.zeros(7)
+    with pytest.raises(ValueError, match=r"in 50 ways(.*\n){20}.*\n  and 30 more$") as refused:
+        layers(names, rules.AdamW()).load_state_dict(checkpoint)
+    assert str(refused.value).count("\n") == 21
+
+
+def test_names_in_another_order_are_matched():
+    one, two = layers("abc"), layers("cab")
+    checkpoint = saved(one.state_dict())
+    checkpoint["param_groups"].reverse()
+    two.load_state_dict(checkpoint)
+    for group in two.param_groups:
+        (theirs,) = (g for g in one.param_groups if g["rule"] == group["rule"])
+        assert group["param_names"] == [f"{x}.{theirs['param_names'][0][2:]}" for x in "cab"]
+        known = dict(zip(theirs["param_names"], theirs["params"], strict=True))
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            assert equal(dict(two.state[p]), dict(one.state[known[name]]))
+
+
+@pytest.mark.parametrize(
+    "around", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_names_of_a_wrapped_model_are_those_of_the_model(around):
+    one, two = layers("abc"), layers("abc")
+    checkpoint = saved(one.state_dict())
+    for group in checkpoint["param_groups"]:
+        group["param_names"] = [around + name for name in group["param_names"]]
+    run(two, 2, 4)
+    two.load_state_dict(checkpoint)
+    assert equal(everything(one)[:2], everything(two)[:2])
+
+
+def test_names_are_taken_from_a_checkpoint_where_there_are_none():
+    one, two = layers("ab", rules.AdamW()), Optimizer(parameters((4, 3)) + parameters((3,)))
+    two.load_state_dict(one.state_dict())
+    assert two.param_groups[0]["param_names"] == one.param_groups[0]["param_names"]
+    del two.param_groups[0]["param_names"]
+    one.load_state_dict(two.state_dict())
+    assert one.param_groups[0]["param_names"] == ["a.weight", "b.weight", "a.bias", "b.bias"]
+
+
+# Schemas
+
+
+@pytest.mark.parametrize("given", [SCHEMA + 1, 10**6])
+def test_a_newer_schema_is_refused(given):
+    optimizer = layers("a")
+    checkpoint = saved(optimizer.state_dict())
+    for group in checkpoint["param_groups"]:
+        group["schema"] = given
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=rf"has schema {given}, and this .* reads up to {SCHEMA}"):
+        optimizer.load_state_dict(checkpoint)
+    assert equal(before, everything(optimizer))
+
+
+@pytest.mark.parametrize("given", [[-1, -1], ["1", "1"], [0, 1], [True, True], [None, None]])
+def test_a_schema_that_is_none_is_refused(given):
+    optimizer = layers("a")
+    checkpoint = saved(optimizer.state_dict())
+    for group, schema in zip(checkpoint["param_groups"], given, strict=True):
+        group["schema"] = schema
+    with pytest.raises(ValueError, match="the groups of the checkpoint say schema "):
+        optimizer.load_state_dict(checkpoint)
+
+
+def test_older_schemas_go_through_all_migrations_in_turn(monkeypatch):
+    optimizer = layers("a")
+    checkpoint = saved(optimizer.state_dict())
+    seen = []
+
+    def step(i):
+        return lambda given: seen.append(i) or given
+
+    monkeypatch.setattr(torch_backend.checkpoint, "MIGRATIONS", [step(i) for i in range(3)])
+    monkeypatch.setattr(torch_backend.checkpoint, "SCHEMA", 3)
+    optimizer.load_state_dict(checkpoint)
+    assert seen == [1, 2] and {g["schema"] for g in optimizer.param_groups} == {3}
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [1, 2]
+    for group in checkpoint["param_groups"]:
+        del group["schema"]
+    optimizer.load_state_dict(checkpoint)
+    assert seen == [1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"state": {}}, {"state": {}, "param_groups": {}}, {"state": 1, "param_groups": [{}]}],
+)
+def test_what_is_no_checkpoint_is_refused(given):
+    optimizer = layers("a")
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match="a checkpoint is what state_dict"):
+        optimizer.load_state_dict(given)
+    assert equal(before, everything(optimizer))
+
+
+def paths(thing: object, path: tuple = ()) -> list[tuple]:
+    """Where something in nested dicts and lists can be changed."""
+    items = thing.items() if isinstance(thing, dict) else enumerate(thing)
+    found = []
+    for key, value in items:
+        found.append((*path, key))
+        if isinstance(value, dict | list):
+            found += paths(value, (*path, key))
+    return found
+
+
+BAD = [None, "nonsense", -1, 7, 0.5, float("nan"), (), [], {}, [1, 2]]
+BAD += [torch.zeros(2, 7), torch.ones(()), torch.full((4, 3), 2)]
+
+
+def test_a_load_is_whole_or_nothing():
+    """Whatever is damaged, all is loaded or all is as before."""
+    whole, optimizer = saved(layers("ab").state_dict()), layers("ba")
+    rng, refused, before = random.Random(0), 0, everything(optimizer)
+    for _ in range(150):
+        checkpoint = copy.deepcopy(whole)
+        for _ in range(rng.choice([1, 1, 3])):
+            *path, last = rng.choice(paths(checkpoint))
+            place = functools.reduce(operator.getitem, path, checkpoint)
+            if isinstance(place, dict) and rng.random() < 0.5:
+                del place[last]
+            else:
+                place[last] = copy.deepcopy(rng.choice(BAD))
+        try:
+            optimizer.load_state_dict(checkpoint)
+        except ValueError:
+            refused += 1
+            assert equal(before, everything(optimizer)), checkpoint
+        else:
+            run(optimizer, 3, 4)
+            optimizer = layers("ba")
+    assert 50 < refused < 125
+
+
+# torch.distributed.checkpoint, in one process
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_distributed_checkpoint_goes_on(flatten, old, tmp_path):
+    """Nested and flattened; one of v0.1 has no schema, and is read with allow_partial_load."""
+    options = dcp_state.StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def made(seed: int) -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 5))
+        return model, Optimizer(model, rules.SOAP(lr=0.1, period=2))
+
+    model, optimizer = made(0)
+    run(optimizer, 0, 3)
+    kept = dcp_state.get_optimizer_state_dict(model, optimizer, options=options)
+    for group in [kept] if flatten else kept["param_groups"]:
+        for key in [k for k in group if old and k.split(".")[-1] == "schema"]:
+            del group[key]
+    dcp.save({"optimizer": kept, "model": model.state_dict()}, checkpoint_id=tmp_path)
+
+    other, again = made(1)
+    run(again, 5, 6)
+    loaded = dcp_state.get_optimizer_state_dict(other, again, options=options)
+    found = {"optimizer": loaded, "model": other.state_dict()}
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=old)
+    dcp.load(found, checkpoint_id=tmp_path, planner=planner)
+    other.load_state_dict(found["model"])
+    dcp_state.set_optimizer_state_dict(other, again, found["optimizer"], options=options)
+    assert same(optimizer, again)
+    for x in (optimizer, again):
+        run(x, 3, 5)
+    assert same(optimizer, again)
+    assert {g["schema"] for g in again.param_groups} == {SCHEMA}
+
+
+def test_keys_that_do_not_add_up_are_refused():
+    optimizer = layers("ab")
+    checkpoint = saved(optimizer.state_dict())
+    checkpoint["param_groups"][0]["params"] = [0, 0]
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=r"more than once: 0, 0, 2, 3\n.*state for 1, which is in "):
+        optimizer.load_state_dict(checkpoint)
+    assert equal(before, everything(optimizer))

@@ -203,7 +203,7 @@ def test_statics_may_be_overridden_and_changed():
     assert [g["period"] for g in optimizer.param_groups] == [2, 16]
     optimizer.add_param_group({"params": [parameter(2)], "rule": rules.AdamW()})
     other = optimizer.param_groups.pop()
-    own = {"params", "rule", "seen_as", "maximize"}
+    own = {"params", "rule", "seen_as", "maximize", "schema"}
     assert set(other) == set(inspect.signature(rules.AdamW).parameters) | own
     run(optimizer, 2)
     assert optimizer.state[params[0]]["readout_1"].any()

@@ -4,6 +4,8 @@ from deepopt import rules
 from torch_backend.algebra import lift as lift
 from torch_backend.averages import averaged as averaged
 from torch_backend.binding import bind as bind
+from torch_backend.interchange import export_state as export_state
+from torch_backend.interchange import import_state as import_state
 from torch_backend.optimizer import Optimizer as Optimizer
 from torch_backend.routing import Routing as Routing
 

@@ -25,7 +25,7 @@ from deepopt.rule import (
     hints,
 )
 from deepopt.rules import DESCENT, SGD, AdamW
-from torch_backend.checkpoint import checked_groups, checked_state
+from torch_backend.checkpoint import SCHEMA, checked, migrated
 from torch_backend.compiled import announces_itself, handle, trace_step
 from torch_backend.fused import How, Precision, Rounding
 from torch_backend.graphs import Capture, cuda, refuse_foreign
@@ -54,7 +54,7 @@ OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
 # With the group and the step, of the random numbers that round weights.
 KEY = 0x64656570
 # Keys of a group that belong to the binding, and those that schedulers and trainers leave there.
-OWN = {"params", "param_names", "rule", "seen_as", "maximize"}
+OWN = {"params", "param_names", "rule", "seen_as", "maximize", "schema"}
 FOREIGN = {*"initial_lr base_lr max_lr min_lr base_momentum max_momentum swa_lr name".split()}
 FOREIGN |= {"lr_scale", "use_fallback"}
 # The attributes that a copy or a pickle keeps beside those of torch's base class.
@@ -311,7 +311,7 @@ class Optimizer(torch.optim.Optimizer):
         names = chain([cls.__name__, full], (f"{full}#{i}" for i in count(2)))
         name = next(x for x in names if self.rules.get(x, cls) is cls)
         params = [(x.name, x.tensor) if x.name else x.tensor for x, _ in members]
-        keep = {"params": params, "rule": name, **values, **extra}
+        keep = {"params": params, "rule": name, **values, **extra, "schema": SCHEMA}
         super().add_param_group(keep)
         self.is_on_mesh = self.is_on_mesh or any(map(on_mesh, keep["params"]))
         for key in set(self.defaults) - set(values) - OWN:
@@ -551,14 +551,16 @@ class Optimizer(torch.optim.Optimizer):
         """Load a checkpoint of the same rules, or of torch's optimizer that a rule is the equal of.
 
         State keeps the dtype it was saved in. Hyperparameters become those of the checkpoint, as in
-        torch. Raises ValueError where rule, names or shapes differ; then nothing has changed.
+        torch. Parameters are matched by name where both have names, else by position. Raises
+        ValueError that lists where groups, names, rules, shapes or values do not fit, and for a
+        checkpoint of a newer schema than this version knows; then nothing has changed.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
 
         def check(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            groups = checked_groups(self, given["param_groups"])
-            ours = ["rule" in group for group in given["param_groups"]]
-            loaded.update(checked_state(self, groups, given["state"], ours))
+            given = migrated(given)
+            groups, state = checked(self, given)
+            loaded.update(state)
             keys = {key for group in groups for key in group["params"]}
             foreign = {k: v for k, v in given["state"].items() if k not in keys}
             return {**given, "param_groups": groups, "state": foreign}
@@ -581,6 +583,7 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._forget_work()
         for group in self.param_groups:
+            group.setdefault("schema", SCHEMA)
             hyper = inspect.signature(self.rules[group["rule"]]).parameters
             for name, parameter in hyper.items():
                 group.setdefault(name, parameter.default)

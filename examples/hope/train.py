@@ -5,7 +5,6 @@ Ctrl-C saves the run; the same command with --resume continues it, bit for bit.
 
 import argparse
 import math
-import os
 import pickle
 import shlex
 import signal
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from deepopt import rules
+from deepopt import replacing, rules
 from examples.hope import data, ngram, report
 from examples.hope.model import Config, Hope
 from torch_backend import Optimizer
@@ -269,10 +268,9 @@ class Stop:
 def save(path: Path, identity: dict[str, Any], state: dict[str, Any], step: int) -> None:
     """Write a checkpoint; a reader finds the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     parts = {name: thing.state_dict() for name, thing in state.items()}
-    torch.save({"identity": identity, "step": step, **parts}, part)
-    os.replace(part, path)
+    with replacing(path) as file:
+        torch.save({"identity": identity, "step": step, **parts}, file)
 
 
 def load(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> int:
