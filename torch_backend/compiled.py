@@ -43,7 +43,8 @@ def trace_step(optimizer: Optimizer) -> None:
     Where parameters lie on a device mesh it sees nothing, and breaks its graph.
     """
     if optimizer.is_on_mesh:
-        torch.compiler.disable(optimizer.take_step)()
+        disabled: Any = torch.compiler.disable
+        disabled(optimizer.take_step)()
         return
     places: list[int] = []
     params: list[Tensor] = []
