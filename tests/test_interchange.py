@@ -64,7 +64,11 @@ def bits(params, optimizer: Optimizer) -> dict[str, bytes]:
     }
 
 
-MOVED = {cls.__name__: (small(cls()), {"layer.weight": (4, 3)}) for cls in rules.ALL}
+# Clocks that tick together have fewer programs to compile.
+MOVED = {
+    cls.__name__: (small(cls()).with_values({"root": 3}), {"layer.weight": (4, 3)})
+    for cls in rules.ALL
+}
 MOVED["fallback"] = rules.Muon(lr=0.05), LAYER
 # Turns go by the order of parameters, which is the same in both.
 staggered = small(rules.M3()).with_values({"stagger": True})
@@ -174,9 +178,7 @@ def test_views_are_stacks_and_names_can_be_changed(tmp_path):
     assert before == bits(params, optimizer)
 
 
-@pytest.mark.parametrize(
-    "rule", [rules.Muon(lr=0.05), rules.AdamW(lr=0.05), rules.M3(lr=0.05, period=2)]
-)
+@pytest.mark.parametrize("rule", [rules.AdamW(lr=0.05), rules.M3(lr=0.05, period=2)])
 def test_a_layer_may_be_stored_the_other_way_round(rule, tmp_path):
     """As flax's kernels (in, out) beside torch's weights (out, in)."""
     params, optimizer = in_torch(rule, values=stream(99))
