@@ -1,6 +1,7 @@
 """deepopt's rules as optax gradient transformations."""
 
 from deepopt import rules
+from jax_backend.metrics import metrics as metrics
 from jax_backend.sharding import state_sharding as state_sharding
 from jax_backend.step import RuleState as RuleState
 from jax_backend.transform import alias as alias

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any, TypeAlias
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding

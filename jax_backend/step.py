@@ -11,6 +11,8 @@ from operator import is_
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.core
+import jax.extend.core
 import jax.numpy as jnp
 import optax
 
@@ -37,6 +39,8 @@ GRAM = (
 # of the gradient on an explicit mesh (None off such).
 Leaf: TypeAlias = tuple[Any, Any, dict[str, Any], Any]
 _is_none = partial(is_, None)
+# The extra argument of an update, a list, that each rule adds what it tried to.
+ASKED = "deepopt_tried"
 
 
 class RuleState(NamedTuple):
@@ -55,6 +59,16 @@ class Given(NamedTuple):
     context: Mapping[str, Any]
     gradients: Any
     scalars: Mapping[str, jax.Array]
+
+
+class Tried(NamedTuple):
+    """A step for `metrics`: what the rule made of these leaves after `count` steps, and where."""
+
+    rule: Rule
+    leaves: list[Leaf]
+    updates: list[Any]
+    count: Any
+    trace: Any
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,12 @@ class Stepper:
         arrays = {k: x for k, x in scalars.items() if isinstance(x, jax.Array)}
         gradients = extra.get("gradients", updates)
         given = Given(updates, state, params, context, gradients, arrays)
-        return on_mesh(partial(self._step, scalars), given)
+        new, after = on_mesh(partial(self._step, scalars), given)
+        if ASKED in extra:
+            leaves, tree = self._leaves(given, jax.tree.map(lambda _: None, updates))
+            found = tree.flatten_up_to(new)
+            extra[ASKED].append(Tried(self.rule, leaves, found, state.count, trace_state()))
+        return new, after
 
     def _step(self, scalars: dict[str, Any], specs: Any, given: Given) -> tuple[Any, RuleState]:
         """scalars: as arrays they are taken from what is given. specs: of the updates."""
@@ -98,11 +117,11 @@ class Stepper:
         scalars = scalars | {**given.scalars, "step": count}
         gradients = [g for _, g, *_ in leaves]
         work = [(own, *self._variant(count, i)) for i, own in self._phases(leaves).items()]
-        shapes = {_seen(self.rule, jnp.shape(gradients[i]))[1] for own, *_ in work for i in own}
+        shapes = {seen(self.rule, jnp.shape(gradients[i]))[1] for own, *_ in work for i in own}
         programs = [trace(self.rule, x, v) for x in shapes for _, vs, _ in work for v in vs]
         if any("gradient_norm" in program.inputs for program in programs):
             whole = jax.tree.leaves(given.gradients)
-            scalars["gradient_norm"] = optax.tree.norm([x.astype(_arithmetic(x)) for x in whole])
+            scalars["gradient_norm"] = optax.tree.norm([x.astype(arithmetic(x)) for x in whole])
         decays = self._decays(updates, given.params)
         own = [scalars if decay else scalars | {"weight_decay": 0.0} for decay in decays]
         memories = [memories for *_, memories, _ in leaves]
@@ -142,8 +161,8 @@ class Stepper:
                 f"{what} is of dtype {jnp.result_type(p)}; only real floating-point leaves can be "
                 "stepped (mask integers out, view complex numbers as real)"
             )
-        batch, shape = _seen(self.rule, jnp.shape(p))
-        dtype = _arithmetic(p)
+        batch, shape = seen(self.rule, jnp.shape(p))
+        dtype = arithmetic(p)
         starts: dict[str, jax.Array] = {}
         for name, slot in self.rule.all_slots(shape).items():
             if slot.kind == "full" and slot.shape == shape:
@@ -157,7 +176,7 @@ class Stepper:
         """x, what the rule needs of a leaf beyond its gradient; ValueError where it is not that."""
         if is_absent(g) or not jnp.size(g):
             return g
-        batch, shape = _seen(self.rule, jnp.shape(g))
+        batch, shape = seen(self.rule, jnp.shape(g))
         needed = (*batch, *self.rule.context(shape)[name])
         if is_absent(x) or jnp.shape(x) != needed:
             got = "there is none" if is_absent(x) else f"got shape {jnp.shape(x)}"
@@ -212,9 +231,9 @@ class Stepper:
     ) -> Part:
         """What is to be computed for a leaf, for each set of clocks that can tick."""
         w, g, memories, spec = leaf
-        batch, shape = _seen(self.rule, jnp.shape(g))
+        batch, shape = seen(self.rule, jnp.shape(g))
         programs = [self._program(shape, v, scalars["weight_decay"], w is None) for v in variants]
-        dtype = _arithmetic(g, g if w is None else w)
+        dtype = arithmetic(g, g if w is None else w)
         slots = {name: slot.shape for name, slot in self.rule.all_slots(shape).items()}
         shapes = {"g": shape, "w": shape} | slots | self.rule.context(shape)
         arrays = {"g": g, "w": jnp.zeros_like(g) if w is None else w} | memories
@@ -249,7 +268,7 @@ def ticking_together(periods: Mapping[str, int]) -> list[frozenset[str]]:
     return sorted(sets, key=sorted)
 
 
-def _seen(rule: Rule, shape: Shape) -> tuple[Shape, Shape]:
+def seen(rule: Rule, shape: Shape) -> tuple[Shape, Shape]:
     """The batch axes of a leaf, and the shape that the rule's program is traced for."""
     if rule.domain == "any":
         return (), canonical(shape)
@@ -258,10 +277,18 @@ def _seen(rule: Rule, shape: Shape) -> tuple[Shape, Shape]:
     return shape[:-2], shape[-2:]
 
 
-def _arithmetic(*xs: Any) -> Any:
+def arithmetic(*xs: Any) -> Any:
     """The dtype of a step's arithmetic and of the memories."""
     return jnp.promote_types(jnp.result_type(*xs), jnp.float32)
 
 
 def is_absent(x: Any) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
+
+
+def trace_state() -> Any:
+    """What differs between a function and the conditionals, loops and jits inside it."""
+    name = "get_opaque_trace_state"
+    # jax older than 0.10 has it in its core.
+    home = jax.extend.core if hasattr(jax.extend.core, name) else jax.core
+    return getattr(home, name)(convention="flax")

@@ -20,7 +20,7 @@ from test_optax_contract import CONTEXTUAL, KWARGS, each, run
 
 import jax_backend
 from deepopt import Rule, around, rules
-from jax_backend import scale_by_rule, state_sharding, transform
+from jax_backend import metrics, scale_by_rule, state_sharding, transform
 
 with warnings.catch_warnings():
     # Its table calls optax's own noisy_sgd in a way that optax warns of.
@@ -195,6 +195,18 @@ def test_a_norm_and_a_context_are_of_all_devices():
         sharded, context = on("Explicit", w), {"gram": {"both": placed, "vector": None}}
         found, _ = tx.update(on("Explicit", g), tx.init(sharded), sharded, context=context)
         assert_same((found, ()), (alone, ()), "float32")
+
+
+@pytest.mark.integrations
+def test_metrics_are_of_all_devices():
+    w, g = given("float32")
+    tx, sharded = transform(rules.M3(steps=2)), on("Explicit", w)
+    numbers = jax.jit(metrics, static_argnums=0)
+    alone = numbers(tx, g[0], tx.init(w), w)
+    found = numbers(tx, on("Explicit", g[0]), tx.init(sharded), sharded)
+    assert found.keys() == alone.keys()
+    for name, x in found.items():
+        assert abs(x - alone[name]) <= TOLERANCE["float32"], name
 
 
 def test_memories_stay_where_they_are_put():
