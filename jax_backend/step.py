@@ -244,7 +244,7 @@ class Stepper:
         replaced = {self.output: g} | {k: memories[k] for k in slots}
         # The rows of more than three axes are several of these in one.
         spec = spec if jnp.shape(g) == (*batch, *shape) else None
-        return Part(Jax(dtype), programs, known, replaced, spec)
+        return Part(Jax(dtype), programs, known, replaced, jnp.shape(g), spec)
 
     def _program(self, shape: Shape, ticking: frozenset[str], decay: Any, alone: bool) -> Program:
         """The output that is asked for and every memory; ValueError where it needs the weights."""

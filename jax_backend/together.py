@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from deepopt.algebra import Program, apply
 from deepopt.expr import Expr
 from jax_backend.algebra import Jax
-from jax_backend.sharding import shared
+from jax_backend.sharding import memory_spec, shared
 
 # Bytes of the operands that one batch may copy.
 LARGEST_BATCH = 2**28
@@ -23,14 +24,21 @@ LARGEST_BATCH = 2**28
 class Part:
     """One leaf in a step: the program of each variant, known values, what its outputs replace.
 
-    spec: how an array of the leaf's shape is sharded on an explicit mesh, None if unknown.
+    spec: how an array of the leaf's `shape` is sharded on an explicit mesh, None if unknown.
     """
 
     algebra: Jax
     programs: Sequence[Program]
     values: dict[Expr, Any]
     replaced: Mapping[str, Any]
+    shape: tuple[int, ...] = ()
     spec: Any = None
+
+    def kind(self, call: Expr) -> tuple[Any, Any, PartitionSpec | None]:
+        """What calls of a function on one argument have in common that run as a batch."""
+        x = jax.typeof(self.values[call.args[0]])
+        spec = None if self.spec is None else memory_spec(x.shape, self.shape, self.spec)
+        return call.attrs, x, spec
 
     def outputs(self, variant: int, vary: bool) -> dict[str, jax.Array]:
         """The outputs that do, or do not, depend on the variant; they may lack the batch axes."""
@@ -77,8 +85,7 @@ def evaluate(parts: Sequence[Part], todo: list[Sequence[Expr]]) -> None:
                     later.append(x)
                 elif x.op == "call" and x["name"] == "newton_schulz":
                     later.append(x)
-                    kind = x.attrs, jax.typeof(own[x.args[0]]), part.spec
-                    due.setdefault(kind, []).append((own, x))
+                    due.setdefault(part.kind(x), []).append((own, x))
                 else:
                     own[x] = apply(part.algebra, x, [own[arg] for arg in x.args])
             todo[n] = later
