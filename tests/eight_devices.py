@@ -119,7 +119,7 @@ def test_there_are_bodies():
 
 
 @pytest.mark.parametrize("body", BODIES)
-@pytest.mark.parametrize("name", each(KWARGS, ("sgd", "nadam", "m3", "dgd")))
+@pytest.mark.parametrize("name", each(KWARGS, ("sgd", "nadam", "muon", "dgd")))
 def test_sharding(monkeypatch, name, body):
     # They skip themselves in a jax older than 0.7.2, and compare versions as texts.
     monkeypatch.setattr(jax, "__version__", "9")
