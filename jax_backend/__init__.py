@@ -3,6 +3,8 @@
 from deepopt import rules
 from jax_backend.interchange import export_state as export_state
 from jax_backend.interchange import import_state as import_state
+from jax_backend.metrics import metrics as metrics
+from jax_backend.sharding import state_sharding as state_sharding
 from jax_backend.step import RuleState as RuleState
 from jax_backend.transform import alias as alias
 from jax_backend.transform import averaged as averaged

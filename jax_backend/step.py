@@ -10,6 +10,8 @@ from operator import is_
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import jax.core
+import jax.extend.core
 import jax.numpy as jnp
 import optax
 
@@ -18,6 +20,7 @@ from deepopt.expr import Shape, as_expr, symbol
 from deepopt.oracle import canonical
 from deepopt.rule import Rule, ticking_together, trace, turns
 from jax_backend.algebra import Jax
+from jax_backend.sharding import explicit, on_mesh, placed
 from jax_backend.together import Part, run
 
 # In the words of optax, which does not export them.
@@ -31,9 +34,12 @@ GRAM = (
     'inputs="first" for flax kernels (in, out)'
 )
 
-# The weight (None where it is unknown), gradient, and memories and context of a leaf.
-Leaf: TypeAlias = tuple[Any, Any, dict[str, Any]]
+# The weight (None where it is unknown), gradient, and memories and context of a leaf, and the spec
+# of the gradient on an explicit mesh (None off such).
+Leaf: TypeAlias = tuple[Any, Any, dict[str, Any], Any]
 _is_none = partial(is_, None)
+# The extra argument of an update, a list, that each rule adds what it tried to.
+ASKED = "deepopt_tried"
 
 
 class RuleState(NamedTuple):
@@ -41,6 +47,27 @@ class RuleState(NamedTuple):
 
     count: Any
     slots: dict[str, Any]
+
+
+class Given(NamedTuple):
+    """What a step is given: trees like the parameters, and numbers by name that are arrays."""
+
+    updates: Any
+    state: RuleState
+    params: Any
+    context: Mapping[str, Any]
+    gradients: Any
+    scalars: Mapping[str, jax.Array]
+
+
+class Tried(NamedTuple):
+    """A step for `metrics`: what the rule made of these leaves after `count` steps, and where."""
+
+    rule: Rule
+    leaves: list[Leaf]
+    updates: list[Any]
+    count: Any
+    trace: Any
 
 
 @dataclass(frozen=True)
@@ -64,41 +91,65 @@ class Stepper:
             name: jax.tree.map(lambda _, start, name=name: start[name], params, starts)
             for name in self.rule.all_slots((1, 1))
         }
-        return RuleState(jnp.zeros([], jnp.int32), slots)
+        count = jnp.zeros([], jnp.int32)
+        meshed = (p for p in jax.tree.leaves(params) if explicit(p))
+        return RuleState(placed(count, next(meshed, count)), slots)
 
     def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         """One step; a leaf without gradient stays. gradients: all, where updates are a part."""
+        scalars, context = self._scalars(state.count), extra.get("context") or {}
+        arrays = {k: x for k, x in scalars.items() if isinstance(x, jax.Array)}
+        gradients = extra.get("gradients", updates)
+        given = Given(updates, state, params, context, gradients, arrays)
+        new, after = on_mesh(partial(self._step, scalars), given)
+        if ASKED in extra:
+            leaves, tree = self._leaves(given, jax.tree.map(lambda _: None, updates))
+            found = tree.flatten_up_to(new)
+            extra[ASKED].append(Tried(self.rule, leaves, found, state.count, trace_state()))
+        return new, after
+
+    def _step(self, scalars: dict[str, Any], specs: Any, given: Given) -> tuple[Any, RuleState]:
+        """scalars: as arrays they are taken from what is given. specs: of the updates."""
+        leaves, tree = self._leaves(given, specs)
+        updates, state = given.updates, given.state
+        count = optax.safe_increment(state.count)
+        scalars = scalars | {**given.scalars, "step": count}
+        gradients = [g for _, g, *_ in leaves]
+        work = [(own, *self._variant(count, i)) for i, own in self._phases(leaves).items()]
+        shapes = {seen(self.rule, jnp.shape(gradients[i]))[1] for own, *_ in work for i in own}
+        programs = [trace(self.rule, x, v) for x in shapes for _, vs, _ in work for v in vs]
+        if any("gradient_norm" in program.inputs for program in programs):
+            whole = jax.tree.leaves(given.gradients)
+            scalars["gradient_norm"] = optax.tree.norm([x.astype(arithmetic(x)) for x in whole])
+        decays = self._decays(updates, given.params)
+        own = [scalars if decay else scalars | {"weight_decay": 0.0} for decay in decays]
+        memories = [memories for *_, memories, _ in leaves]
+        for members, variants, chosen in work:
+            parts = [self._part(variants, own[i], leaves[i]) for i in members]
+            for i, outputs in zip(members, run(parts, chosen), strict=True):
+                gradients[i], memories[i] = outputs.pop(self.output), outputs
+        slots = {k: tree.unflatten([m[k] for m in memories]) for k in state.slots}
+        return tree.unflatten(gradients), RuleState(count, slots)
+
+    def _leaves(self, given: Given, specs: Any) -> tuple[list[Leaf], Any]:
+        """The leaves of a step, and their structure."""
+        updates, params = given.updates, given.params
         gradients, tree = jax.tree.flatten(updates, is_leaf=_is_none)
         weights = [None] * len(gradients) if params is None else tree.flatten_up_to(params)
         for w, g in zip(weights, gradients, strict=True):
             if w is not None and g is not None and jnp.shape(w) != jnp.shape(g):
                 raise ValueError(f"a leaf of shape {jnp.shape(w)} has an update of {jnp.shape(g)}")
         memories: list[dict[str, Any]] = [{} for _ in gradients]
-        known, context = dict(state.slots), extra.get("context") or {}
+        known = dict(given.state.slots)
         nothing = jax.tree.map(lambda _: None, updates, is_leaf=is_absent)
         for name in self.rule.context((1, 1)):
-            given, checked = context.get(name, nothing), partial(self._context, name)
-            known[name] = jax.tree.map_with_path(checked, updates, given, is_leaf=is_absent)
+            values, checked = given.context.get(name, nothing), partial(self._context, name)
+            known[name] = jax.tree.map_with_path(checked, updates, values, is_leaf=is_absent)
         for name, values in known.items():
             for memory, value in zip(memories, tree.flatten_up_to(values), strict=True):
                 memory[name] = value
-        leaves: list[Leaf] = list(zip(weights, gradients, memories, strict=True))
-        count = optax.safe_increment(state.count)
-        scalars = self._scalars(state.count) | {"step": count}
-        work = [(own, *self._variant(count, i)) for i, own in self._phases(leaves).items()]
-        shapes = {_seen(self.rule, jnp.shape(gradients[i]))[1] for own, *_ in work for i in own}
-        programs = [trace(self.rule, x, v) for x in shapes for _, vs, _ in work for v in vs]
-        if any("gradient_norm" in program.inputs for program in programs):
-            whole = jax.tree.leaves(extra.get("gradients", updates))
-            scalars["gradient_norm"] = optax.tree.norm([x.astype(_arithmetic(x)) for x in whole])
-        decays = self._decays(updates, params)
-        given = [scalars if decay else scalars | {"weight_decay": 0.0} for decay in decays]
-        for members, variants, chosen in work:
-            parts = [self._part(variants, given[i], leaves[i]) for i in members]
-            for i, outputs in zip(members, run(parts, chosen), strict=True):
-                leaves[i] = None, outputs.pop(self.output), outputs
-        slots = {k: tree.unflatten([memories[k] for *_, memories in leaves]) for k in state.slots}
-        return tree.unflatten([g for _, g, _ in leaves]), RuleState(count, slots)
+        own = tree.flatten_up_to(specs)
+        return list(zip(weights, gradients, memories, own, strict=True)), tree
 
     def _start(self, path: Any, p: Any) -> dict[str, jax.Array]:
         """The initial memories of a leaf, which may be an abstract value or sharded."""
@@ -109,22 +160,22 @@ class Stepper:
                 f"{what} is of dtype {jnp.result_type(p)}; only real floating-point leaves can be "
                 "stepped (mask integers out, view complex numbers as real)"
             )
-        batch, shape = _seen(self.rule, jnp.shape(p))
-        dtype = _arithmetic(p)
+        batch, shape = seen(self.rule, jnp.shape(p))
+        dtype = arithmetic(p)
         starts: dict[str, jax.Array] = {}
         for name, slot in self.rule.all_slots(shape).items():
             if slot.kind == "full" and slot.shape == shape:
                 starts[name] = jnp.full_like(p, slot.value, dtype=dtype)
             else:
                 start = Jax(dtype).array(slot.kind, slot.shape, slot.value)
-                starts[name] = jnp.broadcast_to(start, (*batch, *slot.shape))
+                starts[name] = placed(jnp.broadcast_to(start, (*batch, *slot.shape)), p)
         return starts
 
     def _context(self, name: str, path: Any, g: Any, x: Any) -> Any:
         """x, what the rule needs of a leaf beyond its gradient; ValueError where it is not that."""
         if is_absent(g) or not jnp.size(g):
             return g
-        batch, shape = _seen(self.rule, jnp.shape(g))
+        batch, shape = seen(self.rule, jnp.shape(g))
         needed = (*batch, *self.rule.context(shape)[name])
         if is_absent(x) or jnp.shape(x) != needed:
             got = "there is none" if is_absent(x) else f"got shape {jnp.shape(x)}"
@@ -158,9 +209,9 @@ class Stepper:
         """The positions of the leaves whose clocks tick together, by their shift in updates."""
         cycle = lcm(*self.rule.clocks().values()) if self.rule.stagger else 1
         phases: dict[int, list[int]] = {}
-        arrays = (g if w is None else w for w, g, _ in leaves)
+        arrays = (g if w is None else w for w, g, *_ in leaves)
         turn = turns([() if is_absent(x) else jnp.shape(x) for x in arrays])
-        for i, (_, g, _) in enumerate(leaves):
+        for i, (_, g, *_) in enumerate(leaves):
             if g is not None and jnp.size(g):
                 phases.setdefault(turn[i] % cycle, []).append(i)
         return phases
@@ -178,10 +229,10 @@ class Stepper:
         self, variants: Sequence[frozenset[str]], scalars: Mapping[str, Any], leaf: Leaf
     ) -> Part:
         """What is to be computed for a leaf, for each set of clocks that can tick."""
-        w, g, memories = leaf
-        batch, shape = _seen(self.rule, jnp.shape(g))
+        w, g, memories, spec = leaf
+        batch, shape = seen(self.rule, jnp.shape(g))
         programs = [self._program(shape, v, scalars["weight_decay"], w is None) for v in variants]
-        dtype = _arithmetic(g, g if w is None else w)
+        dtype = arithmetic(g, g if w is None else w)
         slots = {name: slot.shape for name, slot in self.rule.all_slots(shape).items()}
         shapes = {"g": shape, "w": shape} | slots | self.rule.context(shape)
         arrays = {"g": g, "w": jnp.zeros_like(g) if w is None else w} | memories
@@ -189,7 +240,10 @@ class Stepper:
         inputs = {k: cast(x) if isinstance(x, jax.Array) else x for k, x in scalars.items()}
         inputs |= {k: cast(x).reshape(*batch, *shapes[k]) for k, x in arrays.items()}
         known = {x: inputs[str(x["name"])] for p in programs for x in p.nodes if x.op == "input"}
-        return Part(Jax(dtype), programs, known, {self.output: g} | {k: memories[k] for k in slots})
+        replaced = {self.output: g} | {k: memories[k] for k in slots}
+        # The rows of more than three axes are several of these in one.
+        spec = spec if jnp.shape(g) == (*batch, *shape) else None
+        return Part(Jax(dtype), programs, known, replaced, jnp.shape(g), spec)
 
     def _program(self, shape: Shape, ticking: frozenset[str], decay: Any, alone: bool) -> Program:
         """The output that is asked for and every memory; ValueError where it needs the weights."""
@@ -204,7 +258,7 @@ class Stepper:
         return Program(kept | {k: x for k, x in whole.outputs.items() if k in kept})
 
 
-def _seen(rule: Rule, shape: Shape) -> tuple[Shape, Shape]:
+def seen(rule: Rule, shape: Shape) -> tuple[Shape, Shape]:
     """The batch axes of a leaf, and the shape that the rule's program is traced for."""
     if rule.domain == "any":
         return (), canonical(shape)
@@ -215,14 +269,22 @@ def _seen(rule: Rule, shape: Shape) -> tuple[Shape, Shape]:
 
 def matrices_of(rule: Rule, shape: Shape) -> tuple[int, Shape]:
     """How many of which shape a rule sees in a leaf; 0 where it takes the leaf as it is."""
-    batch, seen = _seen(rule, shape)
-    return prod(batch) if rule.domain == "matrix" else 0, seen
+    batch, matrix = seen(rule, shape)
+    return prod(batch) if rule.domain == "matrix" else 0, matrix
 
 
-def _arithmetic(*xs: Any) -> Any:
+def arithmetic(*xs: Any) -> Any:
     """The dtype of a step's arithmetic and of the memories."""
     return jnp.promote_types(jnp.result_type(*xs), jnp.float32)
 
 
 def is_absent(x: Any) -> bool:
     return x is None or isinstance(x, optax.MaskedNode)
+
+
+def trace_state() -> Any:
+    """What differs between a function and the conditionals, loops and jits inside it."""
+    name = "get_opaque_trace_state"
+    # jax older than 0.10 has it in its core.
+    home = jax.extend.core if hasattr(jax.extend.core, name) else jax.core
+    return getattr(home, name)(convention="flax")

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from deepopt.algebra import Program, apply
 from deepopt.expr import Expr
 from jax_backend.algebra import Jax
+from jax_backend.sharding import memory_spec, shared
 
 # Bytes of the operands that one batch may copy.
 LARGEST_BATCH = 2**28
@@ -20,12 +22,23 @@ LARGEST_BATCH = 2**28
 
 @dataclass(frozen=True)
 class Part:
-    """One leaf in a step: the program of each variant, known values, what its outputs replace."""
+    """One leaf in a step: the program of each variant, known values, what its outputs replace.
+
+    spec: how an array of the leaf's `shape` is sharded on an explicit mesh, None if unknown.
+    """
 
     algebra: Jax
     programs: Sequence[Program]
     values: dict[Expr, Any]
     replaced: Mapping[str, Any]
+    shape: tuple[int, ...] = ()
+    spec: Any = None
+
+    def kind(self, call: Expr) -> tuple[Any, Any, PartitionSpec | None]:
+        """What calls of a function on one argument have in common that run as a batch."""
+        x = jax.typeof(self.values[call.args[0]])
+        spec = None if self.spec is None else memory_spec(x.shape, self.shape, self.spec)
+        return call.attrs, x, spec
 
     def outputs(self, variant: int, vary: bool) -> dict[str, jax.Array]:
         """The outputs that do, or do not, depend on the variant; they may lack the batch axes."""
@@ -72,17 +85,22 @@ def evaluate(parts: Sequence[Part], todo: list[Sequence[Expr]]) -> None:
                     later.append(x)
                 elif x.op == "call" and x["name"] == "newton_schulz":
                     later.append(x)
-                    due.setdefault((x.attrs, jax.typeof(own[x.args[0]])), []).append((own, x))
+                    due.setdefault(part.kind(x), []).append((own, x))
                 else:
                     own[x] = apply(part.algebra, x, [own[arg] for arg in x.args])
             todo[n] = later
             if not later and len(part.programs) == 1:
                 for x in own.keys() - part.programs[0].outputs.values():
                     del own[x]
-        for (_, kind), calls in due.items():
+        for (_, kind, spec), calls in due.items():
             most = max(1, LARGEST_BATCH // (kind.size * kind.dtype.itemsize))
             for batch in (calls[i : i + most] for i in range(0, len(calls), most)):
                 xs = [own[x.args[0]] for own, x in batch]
-                y = apply(Jax(kind.dtype), batch[0][1], [jnp.stack(xs) if len(xs) > 1 else xs[0]])
+                function = partial(_called, Jax(kind.dtype), batch[0][1])
+                y = shared(function, jnp.stack(xs) if len(xs) > 1 else xs[0], spec)
                 for (own, x), value in zip(batch, y if len(xs) > 1 else [y], strict=True):
                     own[x] = value
+
+
+def _called(algebra: Jax, call: Expr, x: jax.Array) -> jax.Array:
+    return apply(algebra, call, [x])
