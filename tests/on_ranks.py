@@ -21,7 +21,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from deepopt import rules
 from examples.hope.model import Config, Hope
-from torch_backend import Optimizer, distributed
+from torch_backend import Optimizer, distributed, export_state, import_state
+from torch_backend.distributed import local
 
 _meshes = {}
 
@@ -452,3 +453,25 @@ def compiled_step(rank, world, rule):
         step = torch.compile(optimizer.step, backend="eager") if compiles else optimizer.step
         step()
     return apart(pair[1], full(pair[0]))
+
+
+def exported(rank, world, rule, path):
+    """State that goes from four ranks to a file, and from the file to four ranks."""
+    mesh, names = mesh_of(4), ("a", "b")
+    start, (gradients,) = streams([(6, 4), (5,)], 1)
+    found = []
+    for again in (False, True):
+        many = [nn.Parameter(cut(x, mesh, (Shard(0),))) for x in start]
+        optimizer = Optimizer(zip(names, many, strict=True), rule)
+        if again:
+            import_state(optimizer, path)
+        else:
+            for p, g in zip(many, gradients, strict=True):
+                p.grad = cut(g, mesh, (Shard(0),))
+            optimizer.step()
+            export_state(optimizer, path)
+            dist.barrier()
+        found.append(
+            [(k, local(x).clone()) for s in optimizer.state.values() for k, x in s.items()]
+        )
+    return all(k == n and torch.equal(x, y) for (k, x), (n, y) in zip(*found, strict=True))

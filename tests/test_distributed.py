@@ -197,3 +197,8 @@ def test_a_sharded_run_resumes_bit_by_bit(four, tmp_path):
             assert all(torch.equal(weights[k], x) for k, x in expected.items())
             for name, own in memories.items():
                 assert all(torch.equal(state[name][k], x) for k, x in own.items())
+
+
+def test_state_leaves_a_mesh_by_name_and_comes_back(four, tmp_path):
+    rule = rules.Shampoo(lr=0.1, period=2)
+    assert all(four.run(on_ranks.exported, rule, str(tmp_path / "state.safetensors")))

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from deepopt import interchange
 from deepopt.interchange import Path, Place, Rename
 from deepopt.rule import hints, turns
 from torch_backend.fused import LOW_HALF
+from torch_backend.layers import on_mesh
 from torch_backend.optimizer import Optimizer
 from torch_backend.seen import Seen, seen_of
 from torch_backend.values import made
@@ -20,7 +22,8 @@ from torch_backend.values import made
 def export_state(optimizer: Optimizer, path: Path) -> None:
     """Write the optimizer's state to a safetensors file, by parameter name, bit for bit.
 
-    `deepopt.interchange` says what is in it. Hyperparameters are there for information.
+    `deepopt.interchange` says what is in it. Hyperparameters are there for information. Where
+    parameters are DTensors all ranks call it, and the first writes whole arrays.
     Raises ValueError where parameters have no names, or lack a memory of their rule.
     """
     places, states = dict[str, Place](), dict[str, dict[str, Tensor]]()
@@ -31,9 +34,10 @@ def export_state(optimizer: Optimizer, path: Path) -> None:
         if missing := set(place.memories) - set(state):
             raise ValueError(f"{name} has no {sorted(missing)} yet; take a step before the export")
         shapes = place.memories | {k: x for k, x in place.more.items() if k in state}
-        kept = {k: state[k].detach().cpu().reshape(x).clone() for k, x in shapes.items()}
+        kept = {k: _whole(state[k]).detach().cpu().reshape(x).clone() for k, x in shapes.items()}
         states[name] = {"step": state["step"].to("cpu", torch.int64), **kept}
-    interchange.write(path, places, states, "torch")
+    if not optimizer.is_on_mesh or dist.get_rank() == 0:
+        interchange.write(path, places, states, "torch")
 
 
 def import_state(
@@ -63,6 +67,11 @@ def import_state(
                 for k, x in states[name].items()
             }
     optimizer.load_state_dict({**saved, "state": loaded})
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A memory that may lie on a mesh in parts."""
+    return x.full_tensor() if on_mesh(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
