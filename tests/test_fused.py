@@ -523,3 +523,21 @@ def test_weights_that_are_written_by_others_lose_their_low_half():
     p.grad = torch.zeros(64).to(torch.bfloat16)
     optimizer.step()
     assert torch.equal(p[::2], before[::2]) and bool(p.isfinite().all())
+
+
+@pytest.mark.parametrize("extreme", [maximum, minimum])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "second"])
+def test_the_larger_of_two_keeps_a_nan(extreme, first):
+    rule = rule_of(
+        lambda shape: {"m": Slot(shape, value=1.0)},
+        lambda g, s, t: (extreme(*((g, s["m"]) if first else (s["m"], g))), {"m": s["m"]}),
+    )
+    found = []
+    for fused in (False, True):
+        p = nn.Parameter(torch.zeros(2, 3))
+        p.grad = torch.tensor([[float("nan"), 2.0, 0.0], [-1.0, 1.0, float("nan")]])
+        Optimizer([p], rule, fused=fused).step()
+        found.append(p.detach())
+    assert torch.equal(found[0].isnan(), p.grad.isnan())
+    assert torch.equal(found[0].nan_to_num(), found[1].nan_to_num())
+    assert torch.equal(found[0].isnan(), found[1].isnan())
