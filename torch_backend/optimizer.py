@@ -40,14 +40,13 @@ from torch_backend.routing import (
     route,
 )
 from torch_backend.seen import Seen, arithmetic, seen_of
+from torch_backend.stochastic import KEY
 from torch_backend.values import host, instance, made, values_of
 from torch_backend.work import Asked, Moment, Work, lay_out, say_once
 
 Parameters: TypeAlias = nn.Module | Iterable[Any]
 OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
 
-# With the group and the step, of the random numbers that round weights.
-KEY = 0x64656570
 # Keys of a group that belong to the binding, and those that schedulers and trainers leave there.
 OWN = {"params", "param_names", "rule", "seen_as", "maximize"}
 FOREIGN = {*"initial_lr base_lr max_lr min_lr base_momentum max_momentum swa_lr name".split()}
@@ -55,7 +54,7 @@ FOREIGN = {*"initial_lr base_lr max_lr min_lr base_momentum max_momentum swa_lr 
 KEPT = (
     *("_rule", "_fallback", "_views", "_strict", "rules", "_why", "_tensors"),
     *("_recorder", "on_nonfinite", "skipped_steps", "fused", "precision", "rounding"),
-    "capturable",
+    *("capturable", "state_dtype"),
 )
 
 
@@ -88,9 +87,12 @@ class Optimizer(torch.optim.Optimizer):
         "exact" with 16 more bits as state `low_half`, a float32 master.
     capturable: replay CUDA graphs of fused steps, one for each set of clocks that tick; gradients
         must stay in place.
+    state_dtype: of memories of more than one number: torch.float32, torch.bfloat16, or None, the
+        precision of the step. What a checkpoint brings keeps its own (docs/memory.md).
 
-    State is one flat dict of tensors per parameter, with the names of the rule's memories, in
-    float32 at least; each step runs in that precision and rounds once.
+    State is one flat dict of tensors per parameter, with the names of the rule's memories. Each
+    step runs in float32 at least and rounds once: memories in bfloat16 at random, so that their
+    mean is right, by numbers that group, parameter, step and name determine.
     What a rule needs beyond gradients stands in `context`. A "gram" is recorded where the rule got
     a module; copies and pickles of the optimizer record nothing until they are told to `record`.
     Raises ValueError or TypeError that quote what was given; then nothing has changed.
@@ -103,6 +105,8 @@ class Optimizer(torch.optim.Optimizer):
     capture: Capture = staticmethod(cuda)
     # Hyperparameters of the rule that were given as tensors: groups keep the tensors themselves.
     _tensors: Mapping[str, Tensor] = {}
+    # Of pickles that were made before there was a choice.
+    state_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -118,12 +122,14 @@ class Optimizer(torch.optim.Optimizer):
         precision: Precision = "auto",
         rounding: Rounding = "nearest",
         capturable: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         for name, value, known in (
             ("fused", fused, (None, True, False)),
             ("precision", precision, get_args(Precision)),
             ("rounding", rounding, get_args(Rounding)),
             ("capturable", capturable, (True, False)),
+            ("state_dtype", state_dtype, (None, torch.float32, torch.bfloat16)),
         ):
             if not any(value is x or (isinstance(x, str) and value == x) for x in known):
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")
@@ -152,6 +158,7 @@ class Optimizer(torch.optim.Optimizer):
         self.precision: Precision = precision
         self.rounding: Rounding = rounding
         self.capturable = capturable
+        self.state_dtype = state_dtype
         self._forget_work()
         self.skipped_steps = 0
         for view in self._views.values():
@@ -366,7 +373,7 @@ class Optimizer(torch.optim.Optimizer):
             cls = self.rules[group["rule"]]
             rule = instance(cls, {k: host(group[k], k) for k in hints(cls)})
             seen = seen_of(rule, p.shape, group["seen_as"])
-            lay_out(p, self.state[p], seen, self.rounding)
+            lay_out(p, self.state[p], seen, self.rounding, self.state_dtype)
         return handle(self)
 
     def _finite(self, groups: Sequence[_Group]) -> bool:
@@ -471,7 +478,7 @@ class Optimizer(torch.optim.Optimizer):
         group = self.param_groups[i]
         if self.fused is False or self._without_kernels:
             return None, range(len(gradients))
-        how = How(bool(self.fused), self.precision, self.rounding)
+        how = How(bool(self.fused), self.precision, self.rounding, self.state_dtype)
         scaled = getattr(self, "grad_scale", None) is not None
         work = self._works.get(i)
         asked = Asked(group, rule, gradients, scaled, how, self.state)
