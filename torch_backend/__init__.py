@@ -5,6 +5,7 @@ from torch_backend.algebra import lift as lift
 from torch_backend.averages import averaged as averaged
 from torch_backend.binding import bind as bind
 from torch_backend.optimizer import Optimizer as Optimizer
+from torch_backend.release import release_gradients as release_gradients
 from torch_backend.routing import Routing as Routing
 
 SGD = bind(rules.SGD)

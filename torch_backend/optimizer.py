@@ -29,6 +29,7 @@ from torch_backend.fused import How, Precision, Rounding
 from torch_backend.graphs import Capture, cuda, refuse_foreign
 from torch_backend.kernels import native
 from torch_backend.layers import Context, Recorder, layers_of
+from torch_backend.metrics import metrics
 from torch_backend.plain import Batch, Norm, batches, run
 from torch_backend.routing import (
     Named,
@@ -172,7 +173,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget_work(self) -> None:
         """Drop what is kept between fused steps."""
-        self._works: dict[int, Work] = {}
+        self._works: dict[tuple[int, int | None], Work] = {}
         self._buffers: dict[torch.device, Tensor] = {}
         self._without_kernels = False
 
@@ -208,14 +209,11 @@ class Optimizer(torch.optim.Optimizer):
             )
 
     def metrics(self) -> dict[str, float]:
-        """Numbers to log: steps skipped so far, and eigenvalues that roots found negative.
+        """Plain numbers to log, by names such as "0/M3/update_rms"; see `torch_backend.metrics`.
 
-        "negatives" is there where a rule counts them; to read it waits for the device.
+        Computed when asked, and waits for the device; changes nothing.
         """
-        states = [self.state[p] for p in self._why if p in self.state]
-        counts = [s["negatives"] for s in states if "negatives" in s]
-        numbers = {"skipped_steps": float(self.skipped_steps)}
-        return numbers | ({"negatives": sum(float(x.sum()) for x in counts)} if counts else {})
+        return metrics(self)
 
     @property
     def routing(self) -> Routing:
@@ -348,15 +346,19 @@ class Optimizer(torch.optim.Optimizer):
                 self.take_step()
         return loss
 
-    def take_step(self) -> None:
-        """The step itself, without hooks."""
+    def take_step(self, only: Tensor | None = None) -> None:
+        """The step itself, without hooks; of one parameter where it is given."""
         refuse_foreign()
         self._opt_called = True
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
         norm = Norm(p.grad for g in self.param_groups for p in g["params"])
-        groups = [self._group(i, norm) for i in range(len(self.param_groups))]
+        if only is None:
+            groups = [self._group(i, norm) for i in range(len(self.param_groups))]
+        else:
+            i, position = self._place_of(only)
+            groups = [self._group(i, norm, position)]
         if self._finite(groups):
             for group in groups:
                 group.run()
@@ -378,7 +380,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _finite(self, groups: Sequence[_Group]) -> bool:
         """Whether what must be finite is; counts the step as skipped, or raises, if not."""
-        for i, stepped in enumerate(groups):
+        for stepped in groups:
+            i = stepped.index
             if self.on_nonfinite == "propagate" and not stepped.context:
                 continue
             for j, p in enumerate(self.param_groups[i]["params"]):
@@ -398,6 +401,14 @@ class Optimizer(torch.optim.Optimizer):
                     self.skipped_steps += 1
                     return False
         return True
+
+    def _place_of(self, p: Tensor) -> tuple[int, int]:
+        """The group of a parameter, and its position there."""
+        for i, group in enumerate(self.param_groups):
+            for j, own in enumerate(group["params"]):
+                if own is p:
+                    return i, j
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is none of this optimizer's")
 
     def name_of(self, group: int, position: int) -> str:
         """What errors call a parameter."""
@@ -427,8 +438,8 @@ class Optimizer(torch.optim.Optimizer):
                 )
             raise ValueError(hint) from None
 
-    def _group(self, i: int, norm: Norm) -> _Group:
-        """All that the step of a group needs; changes nothing."""
+    def _group(self, i: int, norm: Norm, only: int | None = None) -> _Group:
+        """All that the step of a group, or of one position of it, needs; changes nothing."""
         group = self.param_groups[i]
         cls = self.rules[group["rule"]]
         values = {k: host(group[k], k) for k in hints(cls)}
@@ -437,14 +448,15 @@ class Optimizer(torch.optim.Optimizer):
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if scale is not None:
             scalars["inverse_scale"] = 1.0 / float(scale)
-        gradients = [p.grad for p in group["params"]]
+        every = enumerate(group["params"])
+        gradients = [p.grad if only in (None, j) else None for j, p in every]
         context = rule.context((1, 1))
         if context:
             for position, p in enumerate(group["params"]):
-                if p.grad is not None:
+                if gradients[position] is not None:
                     seen = seen_of(rule, p.shape, group["seen_as"])
                     self._check_context(rule, p, seen, self.name_of(i, position))
-        work, rest = self._fused(i, rule, gradients)
+        work, rest = self._fused(i, rule, gradients, only)
         plain = batches(self, i, rule, scalars, norm, rest)
         moments = [] if work is None else work.moments(self.state)
         if work is not None:
@@ -452,7 +464,7 @@ class Optimizer(torch.optim.Optimizer):
                 work.prepare(moments, self.state)
             except native.Unavailable as error:
                 self._unavailable(error)
-                return self._group(i, norm)
+                return self._group(i, norm, only)
             if self.capturable and (moved := work.moved(moments, gradients)):
                 raise RuntimeError(
                     "capturable=True replays graphs, which read gradients where they were; that of "
@@ -472,18 +484,18 @@ class Optimizer(torch.optim.Optimizer):
         self._without_kernels = True
 
     def _fused(
-        self, i: int, rule: Rule, gradients: Sequence[Tensor | None]
+        self, i: int, rule: Rule, gradients: Sequence[Tensor | None], only: int | None
     ) -> tuple[Work | None, Sequence[int]]:
         """The work of a group that kernels do, and the positions that are left."""
         group = self.param_groups[i]
         if self.fused is False or self._without_kernels:
-            return None, range(len(gradients))
+            return None, range(len(gradients)) if only is None else [only]
         how = How(bool(self.fused), self.precision, self.rounding, self.state_dtype)
         scaled = getattr(self, "grad_scale", None) is not None
-        work = self._works.get(i)
+        work = self._works.get((i, only))
         asked = Asked(group, rule, gradients, scaled, how, self.state)
         if work is None or not work.fits(asked):
-            work = self._works[i] = Work(asked, lambda j: self.name_of(i, j))
+            work = self._works[i, only] = Work(asked, lambda j: self.name_of(i, j))
         return (work if work.params else None), work.rest
 
     def run_work(self, work: Work, group: _Group) -> None:

@@ -65,10 +65,12 @@ def batches(
     scalars: Mapping[str, Any],
     norm: Norm,
     positions: Sequence[int],
+    write: bool = True,
 ) -> list[Batch]:
     """What the plain path is to run for a group; changes nothing.
 
-    Raises RuntimeError for sparse gradients, and where rounding needs kernels.
+    write: whether results will be. Raises RuntimeError for sparse gradients, and where the rounding
+    of results needs kernels.
     """
     group = optimizer.param_groups[i]
     view, maximize = group["seen_as"], group["maximize"]
@@ -85,7 +87,7 @@ def batches(
                 f"{type(optimizer).__name__} does not support sparse gradients; "
                 f"{optimizer.name_of(i, position)} has one (use sparse=False in its embedding)"
             )
-        if optimizer.rounding != "nearest" and p.dtype == torch.bfloat16:
+        if write and optimizer.rounding != "nearest" and p.dtype == torch.bfloat16:
             raise RuntimeError(
                 f"rounding={optimizer.rounding!r} needs kernels, which cannot step "
                 f"{optimizer.name_of(i, position)}"
@@ -137,14 +139,12 @@ def _compiled(
     return Compiled(Program(outputs), Torch(arithmetic(dtype), device), donate)
 
 
-def run(optimizer: Optimizer, batch: Batch) -> None:
-    """Step parameters of one shape, one by one or stacked along a first axis."""
-    program, scalars, seen, params, factor, group, places = batch
+def computed(
+    optimizer: Optimizer, batch: Batch, states: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What a step of parameters with these states makes; memories may be overwritten with it."""
+    program, scalars, seen, params, factor, *_ = batch
     dtype = arithmetic(params[0].dtype)
-    for p in params:
-        remember(p, optimizer.state[p], seen, optimizer.state_dtype)
-        optimizer.state[p]["step"] += 1
-    states = [optimizer.state[p] for p in params]
     gradients = [cast(Tensor, p.grad).to(dtype) for p in params]
     inputs = {
         "w": seen.gather([p.to(dtype) for p in params], seen.shape),
@@ -158,8 +158,17 @@ def run(optimizer: Optimizer, batch: Batch) -> None:
             shape = seen.context[name]
             given = [optimizer.context[p][name].to(p.device, dtype) for p in params]
             inputs[name] = seen.gather([x.expand(seen.stack(shape)) for x in given], shape)
-    out = program(inputs, scalars)
-    del inputs, gradients
+    return program(inputs, scalars)
+
+
+def run(optimizer: Optimizer, batch: Batch) -> None:
+    """Step parameters of one shape, one by one or stacked along a first axis."""
+    seen, params, group, places = batch.seen, batch.params, batch.group, batch.places
+    for p in params:
+        remember(p, optimizer.state[p], seen, optimizer.state_dtype)
+        optimizer.state[p]["step"] += 1
+    states = [optimizer.state[p] for p in params]
+    out = computed(optimizer, batch, states)
     update = out.pop("update", None)
     for j, p in enumerate(params):
         if update is not None:
