@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import hypot, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from deepopt.rule import Rule, hints, turns
 from deepopt.signs import signed_memories
 from torch_backend.plain import Batch, Norm, batches, computed
-from torch_backend.seen import remember, seen_of
+from torch_backend.seen import remember
 from torch_backend.values import host, instance
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def metrics(optimizer: Optimizer) -> dict[str, float]:
     """Numbers to log, for each group i under "{i}/{rule}/".
 
     update_rms: root mean square of what a step by the present gradients would add to the weights
-        that have one, learning rate and decay included; after a step it is of one more.
+        that have one, learning rate and decay included, before weights are rounded, and with the
+        plain path's arithmetic; after a step it is of one more.
     weight_rms: of all weights of the group. nonfinite: NaN and Inf entries of gradients.
     alignment/{memory}: cosine of a memory and the gradient, before that step, for memories of the
         weights' shape that are odd in the gradient; 0 where either is zero.
@@ -80,7 +81,8 @@ def _tried(optimizer: Optimizer, rule: Rule, tried: Sequence[Batch]) -> dict[str
         for p, state in zip(batch.params, states, strict=True):
             remember(p, state, seen, optimizer.state_dtype)
             for name in signed_memories(rule, seen.shape):
-                angles.setdefault(name, []).append((batch.factor * p.grad, state[name]))
+                g = batch.factor * cast(Tensor, p.grad)
+                angles.setdefault(name, []).append((g, state[name]))
         # Memories may be overwritten.
         states = [{k: x.clone() for k, x in state.items()} for state in states]
         # A step on which the rule only gathers gradients moves nothing.

@@ -116,8 +116,8 @@ def batches(
                 prepared[key] = run, run.scalars(own)
             sign = -1.0 if maximize else 1.0
             factor = sign * scalars.get("inverse_scale", 1.0)
-            own = [p for p, _ in part], factor, i, [place for _, place in part]
-            found.append(Batch(*prepared[key], seen, *own))
+            own_params, own_places = [p for p, _ in part], [place for _, place in part]
+            found.append(Batch(*prepared[key], seen, own_params, factor, i, own_places))
     return found
 
 

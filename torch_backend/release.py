@@ -30,11 +30,11 @@ class Released:
 def release_gradients(optimizer: Optimizer) -> Released:
     """Step each parameter as soon as a backward pass has its gradient, and drop the gradient.
 
-    Gradients then need the memory of a few at a time instead of all. Every backward pass is a step:
+    Gradients then need the memory of one at a time instead of all. Every backward pass is a step:
     the loop stays as it is, but `optimizer.step()` finds nothing left to do, nor does the clipping
-    of gradients; to accumulate them, give rules `every`. Not for gradient scaling, nor for gradients
-    that are still to be averaged over processes. Parameters that are frozen or added later are
-    left to step().
+    of gradients; to accumulate them, give rules `every`. Not for gradient scaling, nor for
+    gradients that are still to be averaged over processes. Parameters that are frozen or added
+    later are left to step().
 
     Raises ValueError for what needs all gradients at once: rules that go by their joint norm,
     on_nonfinite="skip" or "raise", and capturable=True, which needs them in place.
@@ -49,17 +49,15 @@ def release_gradients(optimizer: Optimizer) -> Released:
             p.grad = None
 
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    return Released(
-        [p.register_post_accumulate_grad_hook(hook) for p in params if p.requires_grad]
-    )
+    return Released([p.register_post_accumulate_grad_hook(hook) for p in params if p.requires_grad])
 
 
 def _check(optimizer: Optimizer) -> None:
     what = "gradients cannot be released one by one"
     if optimizer.on_nonfinite != "propagate":
         raise ValueError(
-            f"{what}: on_nonfinite={optimizer.on_nonfinite!r} looks at all of them before it steps; "
-            "use 'propagate'"
+            f"{what}: on_nonfinite={optimizer.on_nonfinite!r} looks at all of them before it "
+            "steps; use 'propagate'"
         )
     if optimizer.capturable:
         raise ValueError(f"{what}: capturable=True needs them to stay in place")
@@ -70,6 +68,6 @@ def _check(optimizer: Optimizer) -> None:
             seen = seen_of(rule, shape, group["seen_as"])
             if "gradient_norm" in trace(rule, seen.shape, rule.ticks(rule.every)).inputs:
                 raise ValueError(
-                    f"{what}: the rule {group['rule']} of group {i} goes by the norm of all of them "
-                    "together; clip tensor by tensor, by deepopt.around.clipped"
+                    f"{what}: the rule {group['rule']} of group {i} goes by the norm of all of "
+                    "them together; clip tensor by tensor, by deepopt.around.clipped"
                 )

@@ -24,14 +24,12 @@ def rounded(
     """
     order = torch.contiguous_format if len(places) > 1 else torch.preserve_format
     wide = torch.empty_like(like, dtype=torch.float32, memory_format=order).copy_(value)
-    flat = wide.as_strided((len(places), wide.numel() // len(places)), (wide.numel(), 1))
-    if len(places) > 1:
-        flat = wide.view(len(places), -1)
-    size = flat.shape[1]
+    size = wide.numel() // len(places)
+    flat = wide.as_strided((len(places), size), (size, 1))
     block = torch.arange(-(-size // 4), device=like.device)
     place = torch.tensor(places, device=like.device).unsqueeze(1)
     draw = _philox(block, step, place, (group, KEY ^ salt(name))).flatten(1)[:, :size] & 0xFFFF
-    bits = flat.contiguous().view(torch.int32)
+    bits = flat.view(torch.int32)
     bits = torch.where(flat.isfinite(), bits + draw.int(), bits) >> 16
     bits = torch.where(flat.isnan(), 0x7FC0, bits).to(torch.int16)
     result = torch.empty_like(wide, dtype=torch.bfloat16)
@@ -41,11 +39,11 @@ def rounded(
 
 def _philox(block: Tensor, step: int, place: Tensor, key: tuple[int, int]) -> Tensor:
     """Philox4x32-10 (Salmon et al. 2011): four random words for each place and block."""
-    a, b, c, d = block & _LOW, block >> 32, step, place
-    k, l = key
+    a, b, c, d = block & _LOW, block >> 32 & _LOW, step, place
+    k0, k1 = key
     for _ in range(10):
         # Products of 64 bits wrap around; their upper halves are right all the same.
         p, q = 0xD2511F53 * a, 0xCD9E8D57 * c
-        a, b, c, d = (q >> 32 & _LOW) ^ b ^ k, q & _LOW, (p >> 32 & _LOW) ^ d ^ l, p & _LOW
-        k, l = k + 0x9E3779B9 & _LOW, l + 0xBB67AE85 & _LOW
+        a, b, c, d = (q >> 32 & _LOW) ^ b ^ k0, q & _LOW, (p >> 32 & _LOW) ^ d ^ k1, p & _LOW
+        k0, k1 = k0 + 0x9E3779B9 & _LOW, k1 + 0xBB67AE85 & _LOW
     return torch.stack(torch.broadcast_tensors(a, b, c, d), -1)
