@@ -136,7 +136,7 @@ def settings(rule: Rule, seed: int, p: Protocol) -> dict[str, Any]:
 def identity(asked: dict[str, Any]) -> str:
     """The run's id: equal settings, equal id. Of the knobs those count that a candidate names."""
     starts = {kind.__name__: own for kind, own in STARTS.items()}
-    own: Iterable[str] = starts.get(asked["rule"], asked["knobs"])
+    own: dict[str, Any] = starts.get(asked["rule"]) or asked["knobs"]
     named = {k: asked["knobs"][k] for k in dict.fromkeys(("lr", "weight_decay", *own))}
     text = json.dumps({k: named if k == "knobs" else asked[k] for k in ASKED}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
