@@ -13,7 +13,7 @@ import multiprocessing
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -135,13 +135,16 @@ def settings(rule: Rule, seed: int, p: Protocol) -> dict[str, Any]:
 
 def identity(asked: dict[str, Any]) -> str:
     """The run's id: equal settings, equal id. Of the knobs those count that a candidate names."""
-    kind = next(kind for kind in STARTS if kind.__name__ == asked["rule"])
-    named = {k: asked["knobs"][k] for k in ("lr", "weight_decay", *STARTS[kind])}
+    starts = {kind.__name__: own for kind, own in STARTS.items()}
+    own: dict[str, Any] = starts.get(asked["rule"]) or asked["knobs"]
+    named = {k: asked["knobs"][k] for k in dict.fromkeys(("lr", "weight_decay", *own))}
     text = json.dumps({k: named if k == "knobs" else asked[k] for k in ASKED}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def run(rule: Rule, seed: int, p: Protocol) -> dict[str, Any]:
+def run(
+    rule: Rule, seed: int, p: Protocol, optimizer_of: Callable[..., Optimizer] = Optimizer
+) -> dict[str, Any]:
     """Train once and measure; the record of the run."""
     torch.set_num_threads(1)
     text = corpus(p.length)
@@ -152,7 +155,8 @@ def run(rule: Rule, seed: int, p: Protocol) -> dict[str, Any]:
     known = {id(w) for w in hidden}
     rest = [w for w in model.parameters() if id(w) not in known]
     adamw = rules.AdamW(lr=p.rest_lr, betas=p.rest_betas, weight_decay=0.0)
-    optimizer = Optimizer([{"params": hidden, "rule": rule}, {"params": rest, "rule": adamw}])
+    groups = [{"params": hidden, "rule": rule}, {"params": rest, "rule": adamw}]
+    optimizer = optimizer_of(groups)
     scheduler = LambdaLR(optimizer, lambda step: schedule(step, p))
     crops = data.batches(text.train, p.batch, p.length, seed)
     held_out = data.windows(text.valid, p.batch, p.length, p.evaluation_batches)

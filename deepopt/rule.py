@@ -79,7 +79,8 @@ class Slot:
 
     `kind` and `value` are those of `expr.array`. `clock` names the clock that its frequency is
     counted in (None: every step). Slots are stored in the precision of the arithmetic (float32 for
-    narrower parameters), whatever the parameter's dtype. Raises ValueError for an unknown kind.
+    narrower parameters), whatever the parameter's dtype, unless a backend is asked for less. Raises
+    ValueError for an unknown kind.
     """
 
     shape: Shape

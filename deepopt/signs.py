@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, reduce
+from functools import lru_cache
 from typing import TypeAlias
 
 from deepopt.expr import Expr, Shape, topological
@@ -61,7 +61,7 @@ def _of(x: Expr, args: Sequence[Signs]) -> Signs:
         body, symbols = definition(x)
         names = (str(symbol["name"]) for symbol in symbols)
         return _signs({"": body}, dict(zip(names, args, strict=True)))[""]
-    common = reduce(frozenset.intersection, args)
+    common = args[0].intersection(*args[1:])
     if op in FOLLOW:
         return args[0]
     if op in PRODUCTS:

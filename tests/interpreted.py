@@ -125,7 +125,7 @@ def test_a_memory_may_have_any_name():
     parity(Case(Named(lr=0.1), (4, 6)), [(31, 33), (3,)], "float32", STEPS)
 
 
-def stepped(monkeypatch, language: str, rule: Rule, rounding: str, offset: int = 0):
+def stepped(monkeypatch, language: str, rule: Rule, rounding: str, offset: int = 0, state=None):
     """A bfloat16 parameter at a place in memory, and its state, after steps in a language."""
     monkeypatch.setenv("DEEPOPT_KERNELS", language)
     rng = torch.Generator().manual_seed(5)
@@ -135,7 +135,7 @@ def stepped(monkeypatch, language: str, rule: Rule, rounding: str, offset: int =
     with torch.no_grad():
         p.copy_(torch.randn(31, 33, generator=rng))
         p[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38])
-    optimizer = Optimizer([other, p], rule, fused=True, rounding=rounding)
+    optimizer = Optimizer([other, p], rule, fused=True, rounding=rounding, state_dtype=state)
     for _ in range(STEPS):
         for x in (other, p):
             x.grad = torch.randn(x.shape, generator=rng).to(torch.bfloat16)
@@ -143,10 +143,12 @@ def stepped(monkeypatch, language: str, rule: Rule, rounding: str, offset: int =
     return [x for q in (other, p) for x in (q.data, *optimizer.state[q].values())]
 
 
+@pytest.mark.parametrize("state", [None, torch.bfloat16], ids=["wide", "narrow"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "exact"])
 @pytest.mark.parametrize("rule", [rules.AdamW(lr=0.05), rules.SGD(lr=0.1)], ids=["AdamW", "SGD"])
-def test_triton_rounds_to_the_bits_that_c_does(rule, rounding, monkeypatch):
-    both = [stepped(monkeypatch, language, rule, rounding) for language in ("triton", "c")]
+def test_triton_rounds_to_the_bits_that_c_does(rule, rounding, state, monkeypatch):
+    how = {"rule": rule, "rounding": rounding, "state": state}
+    both = [stepped(monkeypatch, language, **how) for language in ("triton", "c")]
     for a, b in zip(*both, strict=True):
         if a.dtype == torch.bfloat16:
             a, b = a.view(torch.int16), b.view(torch.int16)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import step
+from benchmarks import state, step
 from benchmarks.device import Setting
 from benchmarks.race import Broken, Contender, parameters, race
 from benchmarks.report import merged, table
@@ -82,3 +82,10 @@ def test_a_table_has_the_columns_that_its_records_have():
     }
     text = table([{**head, "load": 0, "python": "", "torch": "", "row": "SGD", "cold_s": 0.25}])
     assert "| contender | more, cold, s |" in text and "| SGD | +0.250 |" in text
+
+
+def test_a_quick_run_of_state_prints_a_row_for_each_rule(capsys):
+    assert state.main(["--quick"]) == 0
+    rows = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| ")][1:]
+    assert [x.split("|")[1].strip() for x in rows] == [type(r).__name__ for r in state.RULES]
+    assert all(0.5 <= float(x.split("|")[4]) < 0.51 and "diverged" not in x for x in rows)

@@ -371,7 +371,7 @@ def test_bad_contexts_are_refused_before_anything_moves(case):
     if case in ("nan", "inf"):
         optimizer.on_nonfinite = "skip"
         optimizer.step()
-        assert optimizer.metrics() == {"skipped_steps": 1.0}
+        assert optimizer.metrics()["skipped_steps"] == 1.0
         assert pickle.dumps((optimizer.state_dict(), params)) == before
 
 
@@ -470,14 +470,14 @@ def test_averages_are_swapped_in_and_out_bit_by_bit():
 def test_metrics_count_negative_eigenvalues():
     params = [nn.Parameter(torch.randn(4, 3)) for _ in range(2)]
     optimizer = torch_backend.Shampoo(params)
-    assert optimizer.metrics() == {"skipped_steps": 0.0}
+    assert "negatives" not in optimizer.metrics()
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
     if "negatives" in optimizer.state[params[0]]:
         for p, n in zip(params, (2.0, 3.0), strict=True):
             optimizer.state[p]["negatives"].fill_(n)
-    assert optimizer.metrics() == {"skipped_steps": 0.0, "negatives": 5.0}
+    assert optimizer.metrics()["negatives"] == 5.0
 
 
 def test_impossible_shapes_are_refused_when_they_are_given():

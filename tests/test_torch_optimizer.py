@@ -95,9 +95,9 @@ def test_a_bound_class_is_a_real_optimizer_with_a_true_signature(cls):
     assert bind(cls) is bound and pickle.loads(pickle.dumps(bound)) is bound
     given = dict(inspect.signature(bound).parameters)
     options = ["fallback", "views", "strict", "maximize", "on_nonfinite"]
-    options += ["fused", "precision", "rounding", "capturable"]
+    options += ["fused", "precision", "rounding", "capturable", "state_dtype"]
     hyper = {k: p.default for k, p in inspect.signature(cls).parameters.items()}
-    assert list(given)[:2] == ["params", "lr"] and list(given)[-9:] == options
+    assert list(given)[:2] == ["params", "lr"] and list(given)[-10:] == options
     assert {k: p.default for k, p in given.items() if k in hyper} == hyper
     assert set(given) == {"params", *hyper, *options}
     (group,) = optimizer.param_groups

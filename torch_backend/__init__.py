@@ -7,6 +7,7 @@ from torch_backend.binding import bind as bind
 from torch_backend.interchange import export_state as export_state
 from torch_backend.interchange import import_state as import_state
 from torch_backend.optimizer import Optimizer as Optimizer
+from torch_backend.release import release_gradients as release_gradients
 from torch_backend.routing import Routing as Routing
 
 SGD = bind(rules.SGD)

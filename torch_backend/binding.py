@@ -32,7 +32,7 @@ _bound: dict[type[Rule], Any] = {}
 # The options of `Optimizer` that the classes of rules take too.
 SHARED = (
     *("fallback", "views", "strict", "maximize", "on_nonfinite"),
-    *("fused", "precision", "rounding", "capturable"),
+    *("fused", "precision", "rounding", "capturable", "state_dtype"),
 )
 
 

@@ -22,7 +22,8 @@ from torch_backend.algebra import Compiled, Torch
 from torch_backend.exchange import Blocks, Exchange, Layout, Parcel
 from torch_backend.fused import Batched, Precision, is_narrow
 from torch_backend.plain import Norm
-from torch_backend.seen import Seen, arithmetic, seen_of
+from torch_backend.seen import Seen, arithmetic, rounds_at_random, seen_of, stored_as
+from torch_backend.stochastic import rounded
 from torch_backend.values import host, instance, made
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ def placements_of(layout: Layout, name: str, seen: Seen, rule: Rule) -> tuple[An
 
 @dataclass(eq=False)
 class Cut:
-    """A matrix in shards that takes a step: its part here, and how far the step has come."""
+    """A matrix in shards that takes a step: its part here, and how far the step has come.
+
+    place: its group and position there, by which memories are rounded at random.
+    """
 
     p: DTensor
     name: str
@@ -91,6 +95,7 @@ class Cut:
     gradient: Tensor
     context: Mapping[str, Tensor]
     precision: Precision
+    place: tuple[int, int]
     owner: int = 0
     # What was computed for this shard, and, on the owner, for the whole.
     known: dict[str, Tensor] = field(default_factory=dict)
@@ -175,9 +180,18 @@ class Cut:
         update = self.known.pop("update", None)
         if update is not None:
             local(self.p).add_(update)  # In the wider dtype of the two, then rounded once.
-        for name in self.seen.memories:
-            if name in self.known:
-                local(self.state[name]).copy_(self.known[name])
+        for name, (slot, _) in self.seen.memories.items():
+            if name not in self.known:
+                continue
+            stored, value = local(self.state[name]), self.known[name]
+            if rounds_at_random(slot, stored.dtype) and stored.numel():
+                # Each rank draws numbers of its own.
+                place = self.place[1] * self.layout.size + self.layout.rank
+                step = int(self.state["step"])
+                value = rounded(
+                    value.expand(stored.shape), stored, name, self.place[0], step, [place]
+                )
+            stored.copy_(value)
 
 
 @lru_cache(maxsize=4096)
@@ -376,6 +390,7 @@ class Distributed:
                     Cut(
                         *(p, name, seen, layout, rule, parts, state, scalars, g, context),
                         precision=outer.precision,
+                        place=(i, j),
                     )
                 )
         return found
@@ -403,11 +418,12 @@ class Distributed:
             if name in state:
                 continue
             placements = placements_of(layout, name, seen, rule)
+            dtype = stored_as(slot, p.dtype, self.outer.state_dtype)
             if slot.shape == seen.shape and slot.kind == "full":
-                own = torch.full_like(part, slot.value, dtype=arithmetic(p.dtype))
+                own = torch.full_like(part, slot.value, dtype=dtype)
                 state[name] = _on_mesh(own, layout.mesh, placements, stored)
             else:
-                start = torch.from_numpy(slot.start()).to(part.device, arithmetic(p.dtype))
+                start = torch.from_numpy(slot.start()).to(part.device, dtype)
                 whole = start.expand(seen.stack(slot.shape)).reshape(stored).contiguous()
                 state[name] = distribute_tensor(whole, layout.mesh, placements, src_data_rank=None)
         return state

@@ -23,7 +23,7 @@ from torch_backend.algebra import Compiled, Torch
 from torch_backend.kernels import gpu, native
 from torch_backend.kernels.native import Array
 from torch_backend.kernels.newton_schulz import fast_precision, newton_schulz
-from torch_backend.seen import Seen, arithmetic
+from torch_backend.seen import Seen, arithmetic, rounds_at_random
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Rounding: TypeAlias = Literal["nearest", "stochastic", "exact"]
@@ -120,24 +120,33 @@ class How:
     """How an optimizer wants its kernels.
 
     required: raise where there are none. precision: of the products of Newton-Schulz iterations on
-    a float32 step; "auto" is bfloat16 where the device multiplies that faster.
+    a float32 step; "auto" is bfloat16 where the device multiplies that faster. state_dtype: of new
+    memories.
     """
 
     required: bool
     precision: Precision
     rounding: Rounding
+    state_dtype: torch.dtype | None
 
 
 def storages(
-    p: Tensor, gradient: torch.dtype, state: Mapping[str, Any], plan: Plan, how: How
+    p: Tensor,
+    gradient: torch.dtype,
+    seen: Seen,
+    memories: Mapping[str, torch.dtype],
+    plan: Plan,
+    how: How,
 ) -> dict[str, Storage]:
-    """How each tensor of a plan is stored; memories that are not there yet are wide."""
+    """How each tensor of a plan is stored, of memories in these dtypes."""
     wide = STORAGE[arithmetic(p.dtype)]
     storage: dict[str, Storage] = dict.fromkeys((*plan.values, *plan.constants), wide)
     if wide == "float32" and is_narrow(how.precision, p.device):
         storage |= dict.fromkeys(_orthogonalised(plan), "bfloat16")
     storage |= dict.fromkeys((k for r in plan.regions for k in r.tensors if k not in storage), wide)
-    storage |= {k: STORAGE[x.dtype] for k, x in state.items() if k != "step" and x.dtype in STORAGE}
+    for name, dtype in memories.items():
+        at_random = rounds_at_random(seen.memories[name][0], dtype)
+        storage[name] = "stochastic" if at_random else STORAGE[dtype]
     storage |= {"w": STORAGE[p.dtype], "g": STORAGE[gradient]}
     if p.dtype == torch.bfloat16 and how.rounding != "nearest":
         storage["w"] = how.rounding
@@ -169,7 +178,7 @@ def _orthogonalised(plan: Plan) -> set[str]:
 class Call:
     """What a step is given beside the tensors that stay: scalars, and tensors by member.
 
-    key: of the random numbers that round weights, together with the step. addresses, stacks: of
+    key: of the random numbers that round, together with the step. addresses, stacks: of
     the values that the stages have made so far, by entry and by bucket. captured: kernels and
     functions become a graph, before which the host sends what has changed.
     """

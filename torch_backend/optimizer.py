@@ -31,6 +31,7 @@ from torch_backend.fused import How, Precision, Rounding
 from torch_backend.graphs import Capture, cuda, refuse_foreign
 from torch_backend.kernels import native
 from torch_backend.layers import Context, Recorder, layers_of, on_mesh
+from torch_backend.metrics import metrics
 from torch_backend.plain import Batch, Norm, batches, run
 from torch_backend.routing import (
     Named,
@@ -42,6 +43,7 @@ from torch_backend.routing import (
     route,
 )
 from torch_backend.seen import Seen, arithmetic, seen_of
+from torch_backend.stochastic import KEY
 from torch_backend.values import host, instance, made, values_of
 from torch_backend.work import Asked, Moment, Work, lay_out, say_once
 
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
 Parameters: TypeAlias = nn.Module | Iterable[Any]
 OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
 
-# With the group and the step, of the random numbers that round weights.
-KEY = 0x64656570
 # Keys of a group that belong to the binding, and those that schedulers and trainers leave there.
 OWN = {"params", "param_names", "rule", "seen_as", "maximize", "schema"}
 FOREIGN = {*"initial_lr base_lr max_lr min_lr base_momentum max_momentum swa_lr name".split()}
@@ -61,7 +61,7 @@ FOREIGN |= {"lr_scale", "use_fallback"}
 KEPT = (
     *("_rule", "_fallback", "_views", "_strict", "rules", "_why", "_tensors"),
     *("_recorder", "on_nonfinite", "skipped_steps", "fused", "precision", "rounding"),
-    "capturable",
+    *("capturable", "state_dtype"),
 )
 
 
@@ -94,9 +94,12 @@ class Optimizer(torch.optim.Optimizer):
         "exact" with 16 more bits as state `low_half`, a float32 master.
     capturable: replay CUDA graphs of fused steps, one for each set of clocks that tick; gradients
         must stay in place.
+    state_dtype: of memories of more than one number: torch.float32, torch.bfloat16, or None, the
+        precision of the step. What a checkpoint brings keeps its own (docs/memory.md).
 
-    State is one flat dict of tensors per parameter, with the names of the rule's memories, in
-    float32 at least; each step runs in that precision and rounds once.
+    State is one flat dict of tensors per parameter, with the names of the rule's memories. Each
+    step runs in float32 at least and rounds once: memories in bfloat16 at random, so that their
+    mean is right, by numbers that group, parameter, step and name determine.
     What a rule needs beyond gradients stands in `context`. A "gram" is recorded where the rule got
     a module; copies and pickles of the optimizer record nothing until they are told to `record`.
     Raises ValueError or TypeError that quote what was given; then nothing has changed.
@@ -108,6 +111,8 @@ class Optimizer(torch.optim.Optimizer):
     gram_group: Any = None
     # Hyperparameters of the rule that were given as tensors: groups keep the tensors themselves.
     _tensors: Mapping[str, Tensor] = {}
+    # Of pickles that were made before there was a choice.
+    state_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -123,12 +128,14 @@ class Optimizer(torch.optim.Optimizer):
         precision: Precision = "auto",
         rounding: Rounding = "nearest",
         capturable: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         for name, value, known in (
             ("fused", fused, (None, True, False)),
             ("precision", precision, get_args(Precision)),
             ("rounding", rounding, get_args(Rounding)),
             ("capturable", capturable, (True, False)),
+            ("state_dtype", state_dtype, (None, torch.float32, torch.bfloat16)),
         ):
             if not any(value is x or (isinstance(x, str) and value == x) for x in known):
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")
@@ -157,6 +164,7 @@ class Optimizer(torch.optim.Optimizer):
         self.precision: Precision = precision
         self.rounding: Rounding = rounding
         self.capturable = capturable
+        self.state_dtype = state_dtype
         self._forget_work()
         self.skipped_steps = 0
         for view in self._views.values():
@@ -179,7 +187,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget_work(self) -> None:
         """Drop what is kept between fused steps."""
-        self._works: dict[int, Work] = {}
+        self._works: dict[tuple[int, int | None], Work] = {}
         self._buffers: dict[torch.device, Tensor] = {}
         self._without_kernels = False
         self._distributed: Distributed | None = None
@@ -218,14 +226,11 @@ class Optimizer(torch.optim.Optimizer):
             )
 
     def metrics(self) -> dict[str, float]:
-        """Numbers to log: steps skipped so far, and eigenvalues that roots found negative.
+        """Plain numbers to log, by names such as "0/M3/update_rms"; see `torch_backend.metrics`.
 
-        "negatives" is there where a rule counts them; to read it waits for the device.
+        Computed when asked, and waits for the device; changes nothing.
         """
-        states = [self.state[p] for p in self._why if p in self.state]
-        counts = [s["negatives"] for s in states if "negatives" in s]
-        numbers = {"skipped_steps": float(self.skipped_steps)}
-        return numbers | ({"negatives": sum(float(x.sum()) for x in counts)} if counts else {})
+        return metrics(self)
 
     @property
     def routing(self) -> Routing:
@@ -360,8 +365,11 @@ class Optimizer(torch.optim.Optimizer):
                 self.take_step()
         return loss
 
-    def take_step(self, norm: Norm | None = None) -> None:
-        """The step itself, without hooks. norm: of all gradients, where these are but a part."""
+    def take_step(self, norm: Norm | None = None, only: Tensor | None = None) -> None:
+        """The step itself, without hooks; of one parameter where it is given.
+
+        norm: of all gradients, where these are but a part.
+        """
         refuse_foreign()
         self._opt_called = True
         if dist.is_available() and dist.is_initialized():
@@ -373,7 +381,11 @@ class Optimizer(torch.optim.Optimizer):
         if found_inf is not None and bool(found_inf):
             return
         norm = norm or Norm(p.grad for g in self.param_groups for p in g["params"])
-        groups = [self._group(i, norm) for i in range(len(self.param_groups))]
+        if only is None:
+            groups = [self._group(i, norm) for i in range(len(self.param_groups))]
+        else:
+            i, position = self._place_of(only)
+            groups = [self._group(i, norm, position)]
         if self._finite(groups):
             for group in groups:
                 group.run()
@@ -397,12 +409,13 @@ class Optimizer(torch.optim.Optimizer):
             cls = self.rules[group["rule"]]
             rule = instance(cls, {k: host(group[k], k) for k in hints(cls)})
             seen = seen_of(rule, p.shape, group["seen_as"])
-            lay_out(p, self.state[p], seen, self.rounding)
+            lay_out(p, self.state[p], seen, self.rounding, self.state_dtype)
         return handle(self)
 
     def _finite(self, groups: Sequence[_Group]) -> bool:
         """Whether what must be finite is; counts the step as skipped, or raises, if not."""
-        for i, stepped in enumerate(groups):
+        for stepped in groups:
+            i = stepped.index
             if self.on_nonfinite == "propagate" and not stepped.context:
                 continue
             for j, p in enumerate(self.param_groups[i]["params"]):
@@ -442,8 +455,19 @@ class Optimizer(torch.optim.Optimizer):
 
     def like(self, groups: Sequence[dict[str, Any]]) -> Optimizer:
         """An optimizer of other parameters that steps them in the same way."""
-        options = {k: getattr(self, k) for k in ("fused", "precision", "rounding", "capturable")}
+        options = {
+            k: getattr(self, k)
+            for k in ("fused", "precision", "rounding", "capturable", "state_dtype")
+        }
         return Optimizer(groups, **options)
+
+    def _place_of(self, p: Tensor) -> tuple[int, int]:
+        """The group of a parameter, and its position there."""
+        for i, group in enumerate(self.param_groups):
+            for j, own in enumerate(group["params"]):
+                if own is p:
+                    return i, j
+        raise ValueError(f"a parameter of shape {tuple(p.shape)} is none of this optimizer's")
 
     def name_of(self, group: int, position: int) -> str:
         """What errors call a parameter."""
@@ -473,8 +497,8 @@ class Optimizer(torch.optim.Optimizer):
                 )
             raise ValueError(hint) from None
 
-    def _group(self, i: int, norm: Norm) -> _Group:
-        """All that the step of a group needs; changes nothing."""
+    def _group(self, i: int, norm: Norm, only: int | None = None) -> _Group:
+        """All that the step of a group, or of one position of it, needs; changes nothing."""
         group = self.param_groups[i]
         cls = self.rules[group["rule"]]
         values = {k: host(group[k], k) for k in hints(cls)}
@@ -483,14 +507,15 @@ class Optimizer(torch.optim.Optimizer):
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if scale is not None:
             scalars["inverse_scale"] = 1.0 / float(scale)
-        gradients = [p.grad for p in group["params"]]
+        every = enumerate(group["params"])
+        gradients = [p.grad if only in (None, j) else None for j, p in every]
         context = rule.context((1, 1))
         if context:
             for position, p in enumerate(group["params"]):
-                if p.grad is not None:
+                if gradients[position] is not None:
                     seen = seen_of(rule, p.shape, group["seen_as"])
                     self.check_context(rule, p, seen, self.name_of(i, position))
-        work, rest = self._fused(i, rule, gradients)
+        work, rest = self._fused(i, rule, gradients, only)
         plain = batches(self, i, rule, scalars, norm, rest)
         moments = [] if work is None else work.moments(self.state)
         if work is not None:
@@ -498,7 +523,7 @@ class Optimizer(torch.optim.Optimizer):
                 work.prepare(moments, self.state)
             except native.Unavailable as error:
                 self._unavailable(error)
-                return self._group(i, norm)
+                return self._group(i, norm, only)
             if self.capturable and (moved := work.moved(moments, gradients)):
                 raise RuntimeError(
                     "capturable=True replays graphs, which read gradients where they were; that of "
@@ -518,18 +543,18 @@ class Optimizer(torch.optim.Optimizer):
         self._without_kernels = True
 
     def _fused(
-        self, i: int, rule: Rule, gradients: Sequence[Tensor | None]
+        self, i: int, rule: Rule, gradients: Sequence[Tensor | None], only: int | None
     ) -> tuple[Work | None, Sequence[int]]:
         """The work of a group that kernels do, and the positions that are left."""
         group = self.param_groups[i]
         if self.fused is False or self._without_kernels:
-            return None, range(len(gradients))
-        how = How(bool(self.fused), self.precision, self.rounding)
+            return None, range(len(gradients)) if only is None else [only]
+        how = How(bool(self.fused), self.precision, self.rounding, self.state_dtype)
         scaled = getattr(self, "grad_scale", None) is not None
-        work = self._works.get(i)
+        work = self._works.get((i, only))
         asked = Asked(group, rule, gradients, scaled, how, self.state)
         if work is None or not work.fits(asked):
-            work = self._works[i] = Work(asked, lambda j: self.name_of(i, j))
+            work = self._works[i, only] = Work(asked, lambda j: self.name_of(i, j))
         return (work if work.params else None), work.rest
 
     def run_work(self, work: Work, group: _Group) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from deepopt.algebra import Program
 from deepopt.rule import Rule, trace, turns
 from torch_backend.algebra import Compiled, Torch
-from torch_backend.seen import Seen, arithmetic, remember, seen_of
+from torch_backend.seen import Seen, arithmetic, places_of, remember, rounds_at_random, seen_of
+from torch_backend.stochastic import rounded
 
 if TYPE_CHECKING:
     from torch_backend.optimizer import Optimizer
@@ -24,13 +25,18 @@ BATCH_ELSEWHERE = 1 << 24
 
 
 class Batch(NamedTuple):
-    """Parameters that are stepped by one call, and all that it needs but their tensors."""
+    """Parameters that are stepped by one call, and all that it needs but their tensors.
+
+    group, places: of the parameters; they say what random numbers round their memories.
+    """
 
     program: Compiled
     scalars: list[Any]
     seen: Seen
     params: list[Tensor]
     factor: float
+    group: int
+    places: list[int]
 
 
 class Norm:
@@ -59,16 +65,19 @@ def batches(
     scalars: Mapping[str, Any],
     norm: Norm,
     positions: Sequence[int],
+    write: bool = True,
 ) -> list[Batch]:
     """What the plain path is to run for a group; changes nothing.
 
-    Raises RuntimeError for sparse gradients, and where rounding needs kernels.
+    write: whether results will be. Raises RuntimeError for sparse gradients, and where the rounding
+    of results needs kernels.
     """
     group = optimizer.param_groups[i]
     view, maximize = group["seen_as"], group["maximize"]
     turn = turns([p.shape for p in group["params"]]) if rule.stagger else []
     ticking: dict[tuple[int, int], frozenset[str]] = {}
-    members: dict[tuple[Any, ...], list[Tensor]] = {}
+    members: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = {}
+    places = places_of([seen_of(rule, p.shape, view) for p in group["params"]])
     for position in positions:
         p = group["params"][position]
         if p.grad is None:
@@ -78,7 +87,7 @@ def batches(
                 f"{type(optimizer).__name__} does not support sparse gradients; "
                 f"{optimizer.name_of(i, position)} has one (use sparse=False in its embedding)"
             )
-        if optimizer.rounding != "nearest" and p.dtype == torch.bfloat16:
+        if write and optimizer.rounding != "nearest" and p.dtype == torch.bfloat16:
             raise RuntimeError(
                 f"rounding={optimizer.rounding!r} needs kernels, which cannot step "
                 f"{optimizer.name_of(i, position)}"
@@ -91,7 +100,7 @@ def batches(
             ticking[moment] = rule.ticks(step, index=moment[1])
         alone = -1 if seen.count else position
         key = (seen, p.dtype, p.device, step, ticking[moment], alone)
-        members.setdefault(key, []).append(p)
+        members.setdefault(key, []).append((p, places[position]))
     prepared: dict[tuple[Any, ...], tuple[Compiled, list[Any]]] = {}
     found: list[Batch] = []
     for (seen, dtype, device, step, ticks, _), params in members.items():
@@ -107,7 +116,8 @@ def batches(
                 prepared[key] = run, run.scalars(own)
             sign = -1.0 if maximize else 1.0
             factor = sign * scalars.get("inverse_scale", 1.0)
-            found.append(Batch(*prepared[key], seen, part, factor))
+            own_params, own_places = [p for p, _ in part], [place for _, place in part]
+            found.append(Batch(*prepared[key], seen, own_params, factor, i, own_places))
     return found
 
 
@@ -129,14 +139,12 @@ def _compiled(
     return Compiled(Program(outputs), Torch(arithmetic(dtype), device), donate)
 
 
-def run(optimizer: Optimizer, batch: Batch) -> None:
-    """Step parameters of one shape, one by one or stacked along a first axis."""
-    program, scalars, seen, params, factor = batch
+def computed(
+    optimizer: Optimizer, batch: Batch, states: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What a step of parameters with these states makes; memories may be overwritten with it."""
+    program, scalars, seen, params, factor, *_ = batch
     dtype = arithmetic(params[0].dtype)
-    for p in params:
-        remember(p, optimizer.state[p], seen)
-        optimizer.state[p]["step"] += 1
-    states = [optimizer.state[p] for p in params]
     gradients = [cast(Tensor, p.grad).to(dtype) for p in params]
     inputs = {
         "w": seen.gather([p.to(dtype) for p in params], seen.shape),
@@ -150,8 +158,17 @@ def run(optimizer: Optimizer, batch: Batch) -> None:
             shape = seen.context[name]
             given = [optimizer.context[p][name].to(p.device, dtype) for p in params]
             inputs[name] = seen.gather([x.expand(seen.stack(shape)) for x in given], shape)
-    out = program(inputs, scalars)
-    del inputs, gradients
+    return program(inputs, scalars)
+
+
+def run(optimizer: Optimizer, batch: Batch) -> None:
+    """Step parameters of one shape, one by one or stacked along a first axis."""
+    seen, params, group, places = batch.seen, batch.params, batch.group, batch.places
+    for p in params:
+        remember(p, optimizer.state[p], seen, optimizer.state_dtype)
+        optimizer.state[p]["step"] += 1
+    states = [optimizer.state[p] for p in params]
+    out = computed(optimizer, batch, states)
     update = out.pop("update", None)
     for j, p in enumerate(params):
         if update is not None:
@@ -162,5 +179,10 @@ def run(optimizer: Optimizer, batch: Batch) -> None:
             stored, slot = states[j][name], seen.memories[name][0]
             value = seen.part(torch.as_tensor(value), slot.shape, j)
             # A memory that was overwritten in place is there already.
-            if stored.data_ptr() != value.data_ptr() or stored.dtype != value.dtype:
-                stored.copy_(value.expand(seen.stack(slot.shape)).reshape(stored.shape))
+            if stored.data_ptr() == value.data_ptr() and stored.dtype == value.dtype:
+                continue
+            value = value.expand(seen.stack(slot.shape)).reshape(stored.shape)
+            if rounds_at_random(slot, stored.dtype):
+                own = range(places[j], places[j] + (seen.count or 1))
+                value = rounded(value, stored, name, group, int(states[j]["step"]), own)
+            stored.copy_(value)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
 from typing import Any
 
@@ -47,6 +48,14 @@ class Seen:
             return self.context[name]
         return self.memories[name][0].shape if name in self.memories else self.shape
 
+    def dtypes(
+        self, p: Tensor, state: Mapping[str, Any], wanted: torch.dtype | None
+    ) -> dict[str, torch.dtype]:
+        """Of a parameter's memories: as they are, or as those will be that are not there yet."""
+        slots = {name: slot for name, (slot, _) in self.memories.items()}
+        new = {name: stored_as(slot, p.dtype, wanted) for name, slot in slots.items()}
+        return {k: state[k].dtype if k in state else x for k, x in new.items()}
+
     def gather(self, tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
         """What several parameters have of this shape each, along a first axis."""
         parts = [x.reshape(self.stack(shape)) for x in tensors]
@@ -74,19 +83,39 @@ def seen_of(rule: Rule, shape: torch.Size, view: str) -> Seen:
     return Seen(count, traced, memories, rule.context(traced))
 
 
+def places_of(seen: Sequence[Seen]) -> list[int]:
+    """The place of each parameter's first matrix among those of a group."""
+    return list(accumulate((x.count or 1 for x in seen), initial=0))
+
+
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a step's arithmetic and state for parameters of this dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def remember(p: Tensor, state: dict[str, Any], seen: Seen) -> None:
-    """Make the memories that a parameter does not have yet."""
+def stored_as(slot: Slot, dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of a new memory of a parameter of this dtype, where `wanted` is the state's.
+
+    A single number, such as a count, is as wide as the arithmetic.
+    """
+    return arithmetic(dtype) if wanted is None or prod(slot.shape) == 1 else wanted
+
+
+def rounds_at_random(slot: Slot, dtype: torch.dtype) -> bool:
+    """Whether a memory of this dtype is rounded at random, so that no small increment is lost."""
+    return dtype == torch.bfloat16 and prod(slot.shape) > 1
+
+
+def remember(
+    p: Tensor, state: dict[str, Any], seen: Seen, wanted: torch.dtype | None = None
+) -> None:
+    """Make the memories that a parameter does not have yet, in the dtype that is wanted."""
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32)
     for name, (slot, stored) in seen.memories.items():
         if name in state:
             continue
-        dtype = arithmetic(p.dtype)
+        dtype = stored_as(slot, p.dtype, wanted)
         if stored == p.shape and slot.kind == "full":
             state[name] = torch.full_like(p, slot.value, dtype=dtype)
         else:

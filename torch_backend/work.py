@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from operator import is_
 from typing import Any, NamedTuple, cast
 
@@ -31,7 +30,7 @@ from torch_backend.fused import (
 )
 from torch_backend.graphs import Capture, Graph
 from torch_backend.kernels import native
-from torch_backend.seen import Seen, remember, seen_of
+from torch_backend.seen import Seen, arithmetic, places_of, remember, seen_of
 
 # Sets of parts that a group keeps, one for each pattern of clocks and of steps taken.
 MOST_VARIANTS = 64
@@ -73,7 +72,7 @@ class Work:
         self.places: list[int] = []
         self.seen: list[Seen] = []
         self.gradients: list[torch.dtype] = []
-        self._plans: dict[tuple[Seen, frozenset[str]], Plan] = {}
+        self._plans: dict[tuple[Seen, frozenset[str], frozenset[str]], Plan] = {}
         self._turns = turns([p.shape for p in self.all])
         self.variants: dict[Any, list[Part]] = {}
         self.graphs: dict[Part, Graph] = {}
@@ -90,7 +89,7 @@ class Work:
         ]
         shared = _sharing([p for _, p, _ in live])
         every = [seen_of(rule, p.shape, group["seen_as"]) for p in self.all]
-        places = list(accumulate((seen.count or 1 for seen in every), initial=0))
+        places = places_of(every)
         for j, (position, p, g) in enumerate(live):
             # The plain path refuses gradients that are sparse or of another shape, and an empty
             # tensor needs no kernel.
@@ -166,12 +165,14 @@ class Work:
         turn = [self._turns[self.positions[i]] for i in members]
         return step, members, tuple(self.rule.ticks(step, x) for x in turn)
 
-    def _plan(self, seen: Seen, ticking: frozenset[str]) -> Plan:
+    def _plan(
+        self, seen: Seen, ticking: frozenset[str], narrow: frozenset[str] = frozenset()
+    ) -> Plan:
         """The plan of a step as a rule sees a parameter, looked up once for all that are alike."""
-        key = seen, ticking
+        key = seen, ticking, narrow
         if key not in self._plans:
             options = {"maximize": self.maximize, "scaled": self.scaled}
-            self._plans[key] = plan(self.rule, seen.shape, ticking, **options)
+            self._plans[key] = plan(self.rule, seen.shape, ticking, **options, narrow=narrow)
         return self._plans[key]
 
     def _members(self, moment: Moment, states: Sequence[dict[str, Any]]) -> list[Member]:
@@ -180,11 +181,12 @@ class Work:
         found: list[Member] = []
         for j, i in enumerate(members):
             p, seen, state = self.params[i], self.seen[i], states[i]
-            whole = self._plan(seen, ticks[j % len(ticks)])
-            dtypes = tuple([state[k].dtype for k in seen.memories if k in state])
-            key = id(whole), p.dtype, p.device, self.gradients[i], dtypes
+            dtypes = seen.dtypes(p, state, self.how.state_dtype)
+            narrow = frozenset(k for k, x in dtypes.items() if x != arithmetic(p.dtype))
+            whole = self._plan(seen, ticks[j % len(ticks)], narrow)
+            key = id(whole), p.dtype, p.device, self.gradients[i], *dtypes.values()
             if key not in known:
-                known[key] = storages(p, self.gradients[i], state, whole, self.how)
+                known[key] = storages(p, self.gradients[i], seen, dtypes, whole, self.how)
             own = p, i, self.positions[i], self.places[i], state
             found.append(Member(*own, seen, whole, known[key]))
         return found
@@ -272,16 +274,22 @@ class Work:
     def _adopt(self, state: Mapping[Tensor, dict[str, Any]]) -> None:
         """Make what state there is not, and note where it is."""
         for p, seen in zip(self.params, self.seen, strict=True):
-            lay_out(p, state[p], seen, self.how.rounding)
+            lay_out(p, state[p], seen, self.how.rounding, self.how.state_dtype)
         self.states = [state[p] for p in self.params]
         self.kept = [*self.params, *(x for s in self.states for x in s.values())]
         self.layouts = _layouts(self.kept)
         self._steps = np.array([s["step"].data_ptr() for s in self.states], np.int64)
 
 
-def lay_out(p: Tensor, own: dict[str, Any], seen: Seen, rounding: Rounding) -> None:
+def lay_out(
+    p: Tensor,
+    own: dict[str, Any],
+    seen: Seen,
+    rounding: Rounding,
+    wanted: torch.dtype | None = None,
+) -> None:
     """Make what state a parameter does not have, and lay it out as the parameter is."""
-    remember(p, own, seen)
+    remember(p, own, seen, wanted)
     step = own["step"]
     if not isinstance(step, Tensor) or step.dtype != torch.float32 or step.device.type != "cpu":
         own["step"] = torch.tensor(float(step))

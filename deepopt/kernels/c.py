@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from deepopt.expr import COMPARISONS, Expr
 from deepopt.kernels.plan import REDUCTIONS, Sweep, filling
-from deepopt.kernels.source import LOW, Writer
+from deepopt.kernels.source import LOW, Writer, salt
 
 TYPES = {"float64": "double", "float32": "float"}
 WIDE = frozenset(TYPES)
@@ -52,7 +52,7 @@ PRELUDE = """\
 #define BLOCK 1024
 
 // What a sweep is given: addresses of tensors, parameters, sums of earlier sweeps; the key of the
-// random numbers that round weights, and the step and the weights' place in the whole.
+// random numbers that round, and the step and the weights' place in the whole.
 typedef struct { void *const *tensors; const double *parameters; const double *sums;
                  uint32_t key[2]; uint32_t counter[2]; } deepopt_entry;
 """
@@ -112,15 +112,17 @@ static inline void philox(uint32_t out[4], const uint32_t counter[4], const uint
 }
 
 // 16 random bits are added below what is kept, so that the mean of the results is the value.
-// `at` is the place of the first entry in its tensor; a block of four shares one draw.
+// `at` is the place of the first entry in its tensor, which `salt` tells from others of the same
+// parameter; a block of four shares one draw.
 static inline void to_stochastic(uint16_t *restrict out, const float *restrict in, int n,
-                                 const deepopt_entry *entry, int64_t at) {
+                                 const deepopt_entry *entry, int64_t at, uint32_t salt) {
+  const uint32_t key[2] = {entry->key[0], entry->key[1] ^ salt};
   for (int i = 0; i < n;) {
     const uint64_t block = (uint64_t) (at + i) / 4;
     const uint32_t counter[4] = {(uint32_t) block, (uint32_t) (block >> 32),
                                  entry->counter[0], entry->counter[1]};
     uint32_t draw[4];
-    philox(draw, counter, entry->key);
+    philox(draw, counter, key);
     for (int j = (int) ((at + i) % 4); j < 4 && i < n; j++, i++) {
       uint32_t bits;
       memcpy(&bits, in + i, 4);
@@ -303,7 +305,7 @@ class C(Writer):
             return []
         at = f"(uint16_t *) entry->tensors[{self.tensors.index(tensor)}] + at"
         low = f", {self._low()}" if kind == "exact" else ""
-        rest = ", entry, at" if kind == "stochastic" else ""
+        rest = f", entry, at, {salt(tensor)}u" if kind == "stochastic" else ""
         return [f"    to_{kind}({at}{low}, {word}_at, n{rest});"]
 
     def _low(self) -> str:

@@ -117,16 +117,20 @@ def plan(
     *,
     maximize: bool = False,
     scaled: bool = False,
+    narrow: frozenset[str] = frozenset(),
 ) -> Plan:
     """The plan of one step of a rule for a parameter of this shape; the new weights are "w".
 
     maximize: the rule sees -g. scaled: the gradient is to be multiplied by "inverse_scale".
+    narrow: the memories that are stored in less than the arithmetic's precision.
     """
-    return _planned(trace(rule, shape, ticking), shape, maximize, scaled)
+    return _planned(trace(rule, shape, ticking), shape, maximize, scaled, narrow)
 
 
 @cache
-def _planned(program: Program, shape: Shape, maximize: bool, scaled: bool) -> Plan:
+def _planned(
+    program: Program, shape: Shape, maximize: bool, scaled: bool, narrow: frozenset[str]
+) -> Plan:
     outputs = {k: x for k, x in program.outputs.items() if k != "direction"}
     if "update" in outputs:
         outputs["w"] = add(symbol("w", shape), outputs.pop("update"))
@@ -134,7 +138,7 @@ def _planned(program: Program, shape: Shape, maximize: bool, scaled: bool) -> Pl
     seen = mul(symbol("inverse_scale"), seen) if scaled else seen
     seen = neg(seen) if maximize else seen
     outputs = {k: substitute(x, {g: seen}) for k, x in outputs.items()}
-    return _Planner(expanded(outputs), shape).plan()
+    return _Planner(expanded(outputs), shape, narrow | {"w"}).plan()
 
 
 def expanded(outputs: Mapping[str, Expr]) -> dict[str, Expr]:
@@ -196,8 +200,10 @@ def _at(x: Expr, new: Expr) -> Expr:
 class _Planner:
     """Gives every node a time: even ones are for kernels, odd ones for matrix functions."""
 
-    def __init__(self, outputs: Mapping[str, Expr], shape: Shape) -> None:
+    def __init__(self, outputs: Mapping[str, Expr], shape: Shape, narrow: frozenset[str]) -> None:
         self.outputs = dict(outputs)
+        # Nobody reads these again, as they were rounded.
+        self.narrow = narrow
         self.shape = shape
         self.one = prod(shape) == 1
         self.matrix: set[Expr] = set()
@@ -315,7 +321,7 @@ class _Planner:
         if x in self.values and (x in self.matrix or self.time[x] < time):
             return self.values[x]
         for name, output in self.outputs.items():
-            if output is x and due[name] < time and name != "w":
+            if output is x and due[name] < time and name not in self.narrow:
                 return name
         return ""
 

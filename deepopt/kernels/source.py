@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal, TypeAlias
+from zlib import crc32
 
 from deepopt.expr import COMPARISONS, Expr
 from deepopt.kernels.plan import REDUCTIONS, Region, filling, is_filled, is_literal
 
-# How a tensor is stored. "stochastic" and "exact" are bfloat16 weights: rounded at random so that
-# the mean is right, and with the 16 bits that bfloat16 lacks in a tensor of their own.
+# How a tensor is stored. "stochastic" and "exact" are bfloat16: rounded at random so that the mean
+# is right, and, of weights, with the 16 bits that bfloat16 lacks in a tensor of their own.
 Storage: TypeAlias = Literal["float64", "float32", "bfloat16", "float16", "stochastic", "exact"]
 RESERVED = frozenset(
     "auto break case char const default do double enum extern float goto inline int long register "
@@ -27,6 +28,14 @@ RESERVED = frozenset(
 LOW = "w low"
 # Variables that kernels make up themselves.
 OURS = r"[acstx]\d+.*|.*_(at|in|new|wide|t|nearest)"
+
+
+def salt(tensor: str) -> int:
+    """What sets the random numbers that round a memory apart from those of others; 0 of weights.
+
+    It is below 2^31, so that every language takes it for a 32-bit number.
+    """
+    return 0 if tensor == "w" else crc32(tensor.encode()) >> 1
 
 
 def _words(tensors: Sequence[str]) -> dict[str, str]:

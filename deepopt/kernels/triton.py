@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deepopt.expr import COMPARISONS, Expr
 from deepopt.kernels.plan import REDUCTIONS, Sweep, filling
-from deepopt.kernels.source import LOW, Writer
+from deepopt.kernels.source import LOW, Writer, salt
 
 # Square roots and quotients of float32 are rounded to the nearest, as everywhere else.
 OPERATIONS = {
@@ -239,7 +239,7 @@ class Triton(Writer):
                     f"tl.store({self._low('{}')}, (BITS & 0xFFFF).to(tl.uint16){mask})",
                 ]
             case "stochastic":
-                value = f"_stochastic({value}, at, STEP, PLACE, K0, K1, BLOCK)"
+                value = f"_stochastic({value}, at, STEP, PLACE, K0, K1 ^ {salt(tensor)}, BLOCK)"
             case "bfloat16":
                 value = f"_nearest({value})"
             case _:
