@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch_backend.optimizer import Optimizer
 
 F = TypeVar("F")
+# The modes in which operations are noted, or done on tensors without numbers, and not run.
+TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 
 _numbers = count()
 _handles: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
@@ -35,6 +37,18 @@ def handle(optimizer: Optimizer) -> int:
         _handles[optimizer] = next(_numbers)
         _optimizers[_handles[optimizer]] = optimizer
     return _handles[optimizer]
+
+
+def is_traced() -> bool:
+    """Whether a compiler looks on: Dynamo, `make_fx`, or fake tensors."""
+    tracing = torch.compiler.is_dynamo_compiling
+    return tracing() or any(torch._C._get_dispatch_mode(x) is not None for x in TRACERS)
+
+
+@torch.compiler.disable
+def step_in_sight_of_autograd(optimizer: Optimizer) -> None:
+    """Take a step that autograd follows, which the compiler's one operator would hide from it."""
+    optimizer.take_step()
 
 
 def trace_step(optimizer: Optimizer) -> None:
