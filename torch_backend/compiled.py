@@ -48,7 +48,8 @@ def is_traced() -> bool:
 @torch.compiler.disable
 def step_in_sight_of_autograd(optimizer: Optimizer) -> None:
     """Take a step that autograd follows, which the compiler's one operator would hide from it."""
-    optimizer.take_step()
+    with torch.enable_grad():
+        optimizer.take_step()
 
 
 def trace_step(optimizer: Optimizer) -> None:
@@ -69,7 +70,9 @@ def trace_step(optimizer: Optimizer) -> None:
     number = optimizer.entered(tuple(places))
     for p in params:
         states += [*optimizer.state[p].values()]
-    _step(number, places, params, gradients, states)
+    grad = torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling()
+    with torch.no_grad():
+        _step(number, places, params, gradients, states, grad)
 
 
 # A replayed graph would leave out what the host decides: clocks, counts and hyperparameters.
@@ -82,8 +85,12 @@ def _step(
     params: list[Tensor],
     gradients: list[Tensor],
     states: list[Tensor],
+    grad: bool = False,
 ) -> None:
-    """Step the parameters at these places of all groups' parameters, as the tensors given are."""
+    """Step the parameters at these places of all groups' parameters, as the tensors given are.
+
+    grad: an error is to leave gradients on, which a compiled `no_grad` leaves off.
+    """
     optimizer = _optimizers.get(handle)
     if optimizer is None:
         raise RuntimeError("the optimizer that this step was compiled for is no more; compile anew")
@@ -94,7 +101,11 @@ def _step(
         _Lent(own, [*params, *states]),
         _Gradients(every, dict(zip(places, gradients, strict=True))),
     ):
-        optimizer.take_step()
+        try:
+            optimizer.take_step()
+        except Exception:
+            torch._C._set_grad_enabled(grad or torch.is_grad_enabled())
+            raise
 
 
 @_step.register_fake

@@ -137,6 +137,7 @@ class Optimizer(torch.optim.Optimizer):
             ("precision", precision, get_args(Precision)),
             ("rounding", rounding, get_args(Rounding)),
             ("capturable", capturable, (True, False)),
+            ("maximize", maximize, (True, False)),
             ("foreach", foreach, (None, True, False)),
             ("differentiable", differentiable, (True, False)),
         ):
@@ -364,12 +365,12 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(self.differentiable):
-            if self.differentiable:
-                step_in_sight_of_autograd(self)
-            elif is_traced():
-                trace_step(self)
-            else:
+        if self.differentiable:
+            step_in_sight_of_autograd(self)
+        elif is_traced():
+            trace_step(self)
+        else:
+            with torch.no_grad():
                 self.take_step()
         return loss
 
