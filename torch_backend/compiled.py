@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -45,7 +45,7 @@ def is_traced() -> bool:
     return tracing() or any(torch._C._get_dispatch_mode(x) is not None for x in TRACERS)
 
 
-@torch.compiler.disable
+@cast(Any, torch.compiler.disable)
 def step_in_sight_of_autograd(optimizer: Optimizer) -> None:
     """Take a step that autograd follows, which the compiler's one operator would hide from it."""
     with torch.enable_grad():

@@ -7,6 +7,7 @@ import multiprocessing
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,8 @@ from pathlib import Path
 import torch
 
 from .infos import INFOS
-from .matrix import Cell, Outcome, failures, of_rule, table
-from .subject import CHECKS, MODES
+from .matrix import ROWS, Cell, Outcome, failures, of_rule, table
+from .subject import MODES
 
 PAGE = Path(__file__).parents[2] / "docs" / "contract.md"
 BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
@@ -24,9 +25,9 @@ BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
 def main(arguments: list[str] | None = None) -> int:
     """Run the checks; 1 where a cell is red."""
     parser = argparse.ArgumentParser(prog="python -m tests.contract", description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, 0 for none")
     parser.add_argument("--rules", nargs="+", choices=INFOS, default=[*INFOS], metavar="RULE")
-    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=[*CHECKS], metavar="CHECK")
+    parser.add_argument("--checks", nargs="+", choices=ROWS, default=ROWS, metavar="CHECK")
     parser.add_argument("--modes", default="".join(MODES), help="letters among pfgc")
     parser.add_argument("--times", action="store_true", help="say what took how long")
     parser.add_argument("--page", action="store_true", help="write the matrix to docs/contract.md")
@@ -35,11 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     run = partial(of_rule, names=given.checks, modes=given.modes)
     outcomes: dict[Cell, Outcome] = {}
-    # Forked processes need not import torch again; no thread runs yet.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(max(1, given.jobs), mp_context=context) as pool:
-        for found in pool.map(run, given.rules):
-            outcomes |= found
+    for found in everywhere(run, given.rules, given.jobs):
+        outcomes |= found
     text = table(outcomes)
     print(text)
     for failure in failures(outcomes):
@@ -50,6 +48,19 @@ def main(arguments: list[str] | None = None) -> int:
     if given.page:
         write(text)
     return int(any(x.failure for x in outcomes.values()))
+
+
+def everywhere(
+    run: Callable[[str], dict[Cell, Outcome]], rules: list[str], jobs: int
+) -> Iterator[dict[Cell, Outcome]]:
+    """What comes out for each rule, from several processes, or from this one if they are none."""
+    if not jobs:
+        yield from map(run, rules)
+        return
+    # Forked processes need not import torch again; no thread runs yet.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        yield from pool.map(run, rules)
 
 
 def spent(outcomes: dict[Cell, Outcome]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import swap_in_optimizer_params_and_state
@@ -131,7 +131,7 @@ def differentiated(s: Subject, names: list[str], p: Tensor, g: Tensor, lr: Tenso
     optimizer = s.info.optim_cls([p], lr=lr, differentiable=True, **differentiable(s))
     for name, x in zip(names, state, strict=True):
         # Matrices that are symmetric are known by one triangle to their decomposition.
-        square = x.ndim == 2 and torch.equal(x.detach(), x.detach().mT)
+        square = x.ndim > 1 and x.shape[-1] == x.shape[-2] and torch.equal(x, x.mT)
         optimizer.state[p][name] = (x + x.mT) / 2 if square else x.clone()
     s.step(optimizer)
     return p, *(x for x in optimizer.state[p].values() if x.requires_grad)
@@ -275,7 +275,7 @@ def stateless_step(s: Subject) -> None:
         with swap_in_optimizer_params_and_state(live, params, state):
             for name, p in params.items():
                 p.grad = gradients[name]
-            if not isinstance(next(iter(params.values())), torch._subclasses.FakeTensor):
+            if not isinstance(next(iter(params.values())), FakeTensor):
                 feed(live)
             live.step()
         return params, state
@@ -293,6 +293,26 @@ def stateless_step(s: Subject) -> None:
             assert torch.equal(params[name], p), name
             assert all(torch.equal(x, state["state"][i][k]) for k, x in expected.state[p].items())
         equal(live, start)
+
+
+@check(c="fake tensors are a compiler's")
+def imagined_steps(s: Subject) -> None:
+    """Under FakeTensorMode, where memory is estimated: the states of a real step, no numbers."""
+    real = s.make(parameters())
+    s.steps(real, 1)
+    with FakeTensorMode():
+        imagined = s.make([nn.Parameter(torch.randn(p.shape)) for p in parameters()])
+        for p in everyone(imagined):
+            p.grad = torch.zeros_like(p)
+        for _ in range(2):
+            imagined.step()
+    for p, q in zip(everyone(real), everyone(imagined), strict=True):
+        shapes = [
+            {k: (x.shape, x.dtype) for k, x in o.state[w].items()}
+            for o, w in ((real, p), (imagined, q))
+        ]
+        assert shapes[0] == shapes[1]
+        assert {*map(type, imagined.state[q].values())} == {FakeTensor}
 
 
 def _own(optimizer: Optimizer, names: list[str]) -> tuple[dict, dict, dict]:

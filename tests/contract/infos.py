@@ -27,13 +27,15 @@ SCHEDULERS = (
 
 def configurations(rule: type[Rule]) -> list[OptimizerInput]:
     """What is given to the class beside parameters, without the flags that exclude each other."""
+    # What goes by the inputs behind one gradient sums no gradients.
+    summed = {} if rule().context((2, 2)) else {"summed gradients": {"every": 2}}
     given: dict[str, dict[str, Any]] = {
         "default": {},
         "non-default lr": {"lr": 0.01},
         "Tensor lr": {"lr": torch.tensor(0.01)},
         "weight_decay": {"weight_decay": 0.1},
         "maximize & weight_decay": {"maximize": True, "weight_decay": 0.1},
-        "summed gradients": {"every": 2},
+        **summed,
     }
     return [OptimizerInput(params=None, kwargs=k, desc=name) for name, k in given.items()]
 
@@ -49,6 +51,8 @@ def mistakes(rule: type[Rule]) -> list[ErrorOptimizerInput]:
         ({"learning_rate": 1.0}, TypeError, f"{name} has no hyperparameter 'learning_rate'"),
         ({"maximize": 2}, ValueError, "maximize=2 must be one of True, False"),
     ]
+    if rule().context((2, 2)):
+        wrong += [({"every": 2}, ValueError, rf"{name}\(every=2\): its .* of one step")]
     return [
         ErrorOptimizerInput(
             OptimizerInput(params=None, kwargs=kwargs, desc=str(kwargs)),

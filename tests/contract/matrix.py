@@ -7,12 +7,14 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from . import forms, making, saving, stepping
+from . import forms, making, saving, stepping, tensors
 from .infos import INFOS
 from .subject import CHECKS, MODES, Meaningless, Subject, fresh
 
-# The order of the matrix is that of the modules.
-MODULES = (making, stepping, forms, saving)
+ORDER = (making, stepping, tensors, forms, saving)
+ROWS = [
+    name for module in ORDER for name, x in CHECKS.items() if x.run.__module__ == module.__name__
+]
 
 
 class Outcome(NamedTuple):
@@ -45,7 +47,7 @@ def outcome(rule: str, name: str, mode: str) -> Outcome:
 
 def of_rule(rule: str, names: Sequence[str] = (), modes: str = "") -> dict[Cell, Outcome]:
     """All checks of a rule."""
-    wanted = [(rule, name, mode) for mode in modes or MODES for name in names or CHECKS]
+    wanted = [(rule, name, mode) for mode in modes or MODES for name in names or ROWS]
     return {cell: outcome(*cell) for cell in wanted}
 
 
@@ -61,7 +63,7 @@ def _marks(outcomes: Outcomes, rule: str, name: str) -> str:
 
 def table(outcomes: Outcomes, width: int = 4) -> str:
     """The matrix, the reasons of each -, and the totals."""
-    names = [n for n in CHECKS if any(n == cell[1] for cell in outcomes)]
+    names = [n for n in ROWS if any(n == cell[1] for cell in outcomes)]
     reached = {cell[0] for cell in outcomes}
     found = [r for r in INFOS if r in reached]
     margin = max(map(len, names)) + 2

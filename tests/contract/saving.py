@@ -151,7 +151,7 @@ def dicts_of_torch(s: Subject) -> None:
     ours = another(s, theirs)
     before = everything(ours)
     if name not in THEIRS:
-        with refused(ValueError, "the checkpoint has "):
+        with refused(ValueError, "the checkpoint"):
             ours.load_state_dict(theirs.state_dict())
         equal(ours, before)
         assert not ours.state
@@ -228,12 +228,12 @@ def hooks_of_loads(s: Subject) -> None:
 def foreign_keys_of_state(s: Subject) -> None:
     """What others leave in `optimizer.state` stays there, through steps and checkpoints."""
     optimizer = s.make(parameters())
-    optimizer.state["test"] = {"a": 1}
+    optimizer.state["test"] = 1
     s.steps(optimizer, 2)
     saved = optimizer.state_dict()
-    assert saved["state"]["test"] == {"a": 1}
+    assert saved["state"]["test"] == 1
     optimizer.load_state_dict(saved)
-    assert optimizer.state["test"] == {"a": 1}
+    assert optimizer.state["test"] == 1
     s.steps(optimizer, 1, 2)
 
 

@@ -16,6 +16,7 @@ from torch.testing._internal.common_optimizers import OptimizerInfo
 from deepopt import Rule, rules
 from deepopt.rule import hints
 from torch_backend import Optimizer
+from torch_backend.seen import arithmetic
 from torch_backend.values import host, instance
 
 MODES = {"p": "plain", "f": "fused", "g": "capturable", "c": "compiled"}
@@ -164,7 +165,7 @@ def feed(optimizer: Optimizer, factor: float = 1.0) -> None:
         for p in group["params"]:
             for name, shape in needs(optimizer, group, p).items():
                 if name not in (optimizer.context[p] if p in optimizer.context else {}):
-                    optimizer.context[p][name] = factor * gram(shape[0])
+                    optimizer.context[p][name] = factor * gram(shape[0]).to(arithmetic(p.dtype))
 
 
 def gram(n: int) -> Tensor:
