@@ -67,6 +67,27 @@ def untold(*given):
     return None
 
 
+def narrow(p, own, seen):
+    _remember(p, own, seen)
+    own["step"] = own["step"].to(p.dtype)
+
+
+def counted(optimizer):
+    _take_step(optimizer)
+    for own in optimizer.state.values():
+        own["step"] += 1.0
+
+
+def inside(rule, shape, ticks, dtype, device, stacked, outside):
+    return _compiled(rule, shape, ticks, dtype, device, True, False)
+
+
+def printed(optimizer):
+    return "an optimizer"
+
+
+_remember, _compiled = torch_backend.plain.remember, torch_backend.plain._compiled
+_take_step = Optimizer.take_step
 _run, _checked = torch_backend.plain.run, torch_backend.optimizer.checked_state
 
 # What is broken, by what, and the row that must turn red.
@@ -78,6 +99,15 @@ PLANTED = {
     "closures are ignored": (torch_backend.AdamW, "step", deaf, "closures"),
     "gradients are read too early": (torch_backend.AdamW, "step", late, "closures"),
     "flags may contradict": (torch_backend.optimizer, "refuse_contradictions", untold, "flags"),
+    "steps are narrow": (torch_backend.plain, "remember", narrow, "steps are counted exactly"),
+    "steps without gradients count": (Optimizer, "take_step", counted, "freeze and unfreeze"),
+    "autograd's tensors are overwritten": (
+        torch_backend.plain, "_compiled", inside, "gradients through a step",
+    ),
+    "the compiler sees no operator": (
+        torch_backend.optimizer, "is_traced", lambda: False, "stateless step",
+    ),
+    "no text": (Optimizer, "__repr__", printed, "can be printed"),
     "copies lose attributes": (torch_backend.optimizer, "KEPT", ("_rule", "rules"), "copies"),
 }  # fmt: skip
 

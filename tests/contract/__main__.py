@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import sys
 import time
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     start = time.perf_counter()
     torch.set_num_threads(1)
+    torch._logging.set_logs(dynamo=logging.ERROR)
     run = partial(of_rule, names=given.checks, modes=given.modes)
     outcomes: dict[Cell, Outcome] = {}
     for found in everywhere(run, given.rules, given.jobs):

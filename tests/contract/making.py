@@ -134,9 +134,11 @@ def public(thing: object) -> dict[str, str]:
 @check()
 def copies(s: Subject) -> None:
     """test_deepcopy_copies_all_public_attrs, by pickle too; a copy goes on as the original."""
-    for x in s.info.optim_inputs_func(device="cpu")[:: 1 if s.mode == "p" else 5]:
+    for x in s.info.optim_inputs_func(device="cpu")[:: 5 if s.mode in "fg" else 1][
+        : 1 if s.dear else None
+    ]:
         optimizer = s.make(parameters(), on_nonfinite="skip", **x.kwargs)
-        s.steps(optimizer, 3)
+        s.eager.steps(optimizer, 3)
         optimizer.note = "of a user"
         for clone in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
             assert type(clone) is type(optimizer)

@@ -7,11 +7,11 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from . import forms, making, saving, stepping, tensors
+from . import callers, forms, making, saving, stepping, tensors
 from .infos import INFOS
 from .subject import CHECKS, MODES, Meaningless, Subject, fresh
 
-ORDER = (making, stepping, tensors, forms, saving)
+ORDER = (making, stepping, tensors, forms, callers, saving)
 ROWS = [
     name for module in ORDER for name, x in CHECKS.items() if x.run.__module__ == module.__name__
 ]

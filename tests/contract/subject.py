@@ -78,6 +78,11 @@ class Subject:
         return OPTIONS[self.mode] | quick(self.rule)
 
     @property
+    def dear(self) -> bool:
+        """Whether each optimizer costs a compilation, so that few must do."""
+        return self.mode == "c"
+
+    @property
     def eager(self) -> Subject:
         """The same, but for a compiler: what a compiled step must equal."""
         return Subject(self.info, "e" if self.mode == "c" else self.mode)
