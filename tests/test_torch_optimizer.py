@@ -322,37 +322,6 @@ def test_a_tensor_lr_is_a_number_and_never_written(rule):
     assert bound([parameter(2, 2)], lr=torch.tensor([0.5])).param_groups[0]["lr"].shape == (1,)
 
 
-SCHEDULERS = {
-    "StepLR": lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
-    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
-    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(
-        o, max_lr=0.5, total_steps=9, cycle_momentum=False
-    ),
-    "ReduceLROnPlateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0),
-}
-
-
-@pytest.mark.parametrize("lr", [0.25, torch.tensor(0.25, dtype=torch.float64)], ids=["", "tensor"])
-@pytest.mark.parametrize("name", SCHEDULERS)
-@each_default
-def test_schedulers_set_the_rate_and_nothing_is_traced_again(rule, name, lr):
-    lr = lr.clone() if isinstance(lr, torch.Tensor) else lr
-    bound = getattr(torch_backend, type(rule).__name__)
-    optimizer = bound([parameter(4, 4)], lr=lr, weight_decay=0.1)
-    scheduler = SCHEDULERS[name](optimizer)
-    by_hand = bound([parameter(4, 4)], weight_decay=0.1)
-    run(bound([parameter(4, 4)]), 1)
-    traced = len(deepopt.rule._traces)
-    rates = set()
-    for seed in range(4):
-        rates.add(float(optimizer.param_groups[0]["lr"]))
-        by_hand.param_groups[0]["lr"] = float(optimizer.param_groups[0]["lr"])
-        assert torch.equal(run(optimizer, 1, seed), run(by_hand, 1, seed))
-        scheduler.step(*[1.0] if name == "ReduceLROnPlateau" else [])
-    assert len(rates) > 1
-    assert len(deepopt.rule._traces) == traced
-
-
 @each_case
 def test_no_scalar_retraces_and_no_group_is_written(case):
     optimizer = Optimizer([parameter(*case.shape)], case.rule)
@@ -367,34 +336,6 @@ def test_no_scalar_retraces_and_no_group_is_written(case):
     run(optimizer, cycle)
     assert len(deepopt.rule._traces) == traced
     assert {k: v for k, v in group.items() if k != "params"} == before
-
-
-def test_hooks_of_torch_are_called():
-    called = []
-    optimizer = torch_backend.M3([parameter(3, 3)])
-    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
-    optimizer.register_step_post_hook(lambda *_: called.append("after"))
-    optimizer.register_state_dict_pre_hook(lambda *_: called.append("save"))
-    optimizer.register_state_dict_post_hook(lambda o, s: s | {"more": 1})
-    optimizer.register_load_state_dict_pre_hook(lambda o, s: called.append("load"))
-    optimizer.register_load_state_dict_post_hook(
-        lambda o: called.append(int(next(iter(o.state.values()))["step"]))
-    )
-    optimizer.step()
-    saved = optimizer.state_dict()
-    optimizer.load_state_dict(saved)
-    assert called == ["before", "after", "save", "load", 1] and saved["more"] == 1
-
-
-def test_foreign_entries_of_state_are_tolerated():
-    optimizer = torch_backend.M3([parameter(3, 3)])
-    optimizer.state["x"] = 1
-    optimizer.step()
-    saved = optimizer.state_dict()
-    assert saved["state"]["x"] == 1
-    optimizer.load_state_dict(saved)
-    assert optimizer.state["x"] == 1
-    optimizer.step()
 
 
 # Tensors of every kind

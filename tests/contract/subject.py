@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -116,15 +116,16 @@ def fresh(mode: str) -> Iterator[None]:
     """What no check may inherit from another, nor from its caller."""
     torch.manual_seed(0)
     # Every optimizer is a graph of its own, of the one method.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = (
-        1 << 20
-    )
-    with warnings.catch_warnings():
+    most = dict.fromkeys(("recompile_limit", "accumulated_recompile_limit"), 1 << 20)
+    with ExitStack() as stack:
+        stack.callback(_compiled.clear)
+        if mode == "c":
+            stack.enter_context(torch._dynamo.config.patch(most))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("error")
-        with torch.enable_grad():
-            yield
-            assert torch.is_grad_enabled(), "gradients were left off"
-    _compiled.clear()
+        stack.enter_context(torch.enable_grad())
+        yield
+        assert torch.is_grad_enabled(), "gradients were left off"
 
 
 def quick(rule: type[Rule]) -> dict[str, Any]:
