@@ -9,7 +9,7 @@ STAMP := $(VENV)/stamp
 CODE := $(wildcard deepopt torch_backend jax_backend examples tests benchmarks docs .ci)
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv hope test integrations lint format docs mutants bench wheel-test clean
+.PHONY: help .venv hope test contract integrations lint format docs mutants bench wheel-test clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ hope: $(STAMP) ## train the Hope example (HOPE_ARGS="--help")
 
 test: $(STAMP) ## run the tests (TEST_ARGS="-k m3", JOBS=0, HYPOTHESIS_PROFILE=thorough)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TEST_ARGS)
+
+contract: $(STAMP) ## print the contract of torch's optimizers, rule by check (docs/contract.md)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.contract --jobs $(JOBS)
 
 integrations: $(STAMP) ## run the tests with the loops people have, docs/integrations.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[integrations]'

@@ -475,3 +475,38 @@ def exported(rank, world, rule, path):
             [(k, local(x).clone()) for s in optimizer.state.values() for k, x in s.items()]
         )
     return all(k == n and torch.equal(x, y) for (k, x), (n, y) in zip(*found, strict=True))
+
+
+def measured(rank, world, rule):
+    """Metrics of shards, and of whole tensors."""
+    mesh, (start, (g,)) = mesh_of(4), streams([(6, 4), (5,)], 1)
+    found = []
+    for place in (None, (Shard(0),)):
+        lay = (lambda x: cut(x, mesh, place)) if place else torch.clone  # noqa: B023
+        params = [nn.Parameter(lay(x)) for x in start]
+        optimizer = Optimizer(params, rule, fused=False if place is None else None)
+        for _ in range(2):
+            for p, x in zip(params, g, strict=True):
+                p.grad = lay(x)
+            optimizer.step()
+        found.append(optimizer.metrics())
+    return found
+
+
+def narrow(rank, world, rule):
+    """Memories in bfloat16: how many are, and how far the mean over steps is from wide ones."""
+    mesh, (start, _) = mesh_of(4), streams([(64, 16)], 1, torch.float32)
+    found = []
+    for dtype in (None, torch.bfloat16):
+        p = nn.Parameter(cut(start[0], mesh, (Shard(0),)))
+        optimizer = Optimizer([p], rule, state_dtype=dtype)
+        for _ in range(20):
+            p.grad = cut(torch.full((64, 16), 1.0), mesh, (Shard(0),))
+            optimizer.step()
+        found.append({k: full(x) for k, x in optimizer.state[p].items() if k != "step"})
+    wide, short = found
+    kinds = {x.dtype for x in short.values()}
+    apart = max(
+        abs(float(short[k].double().mean() / x.double().mean()) - 1) for k, x in wide.items()
+    )
+    return kinds == {torch.bfloat16}, apart

@@ -202,3 +202,17 @@ def test_a_sharded_run_resumes_bit_by_bit(four, tmp_path):
 def test_state_leaves_a_mesh_by_name_and_comes_back(four, tmp_path):
     rule = rules.Shampoo(lr=0.1, period=2)
     assert all(four.run(on_ranks.exported, rule, str(tmp_path / "state.safetensors")))
+
+
+def test_metrics_are_those_of_whole_tensors(four):
+    for rule in (rules.AdamW(lr=0.05), rules.M3(lr=0.05, period=2)):
+        for one, many in four.run(on_ranks.measured, rule):
+            assert one.keys() == many.keys() and many == pytest.approx(one, rel=1e-6)
+
+
+def test_narrow_memories_of_shards_lose_no_small_increments(four):
+    # 0.999 of a memory near its end is the memory itself where bfloat16 rounds to nearest.
+    rules_of_shards = (rules.AdamW(), rules.PreconditionedMomentum(beta2=0.999))
+    for rule in rules_of_shards:
+        for narrow, apart in four.run(on_ranks.narrow, rule):
+            assert narrow and apart < 0.01

@@ -195,7 +195,7 @@ def test_what_kernels_cannot_take_is_refused_by_name(name):
     optimizer = AdamW([("good", good), ("layer.bad", bad)], fused=True)
     good.grad = torch.ones(4)
     bad.grad = torch.zeros_like(bad)
-    with pytest.raises(RuntimeError, match=f"fused=True cannot step layer.bad: {why}"):
+    with pytest.raises(RuntimeError, match=f"it cannot step layer.bad: {why}"):
         optimizer.step()
     assert torch.equal(good, torch.ones(4)) and not optimizer.state
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, ParamSpec, Protocol, cast, overload
 from torch import Tensor
 
 from deepopt.rule import Rule, hints
-from torch_backend.checkpoint import NEUTRAL, TORCH
+from torch_backend.checkpoint import NEUTRAL
 from torch_backend.optimizer import Optimizer, Parameters
 from torch_backend.values import made
 
@@ -31,7 +31,7 @@ class Binding(Protocol, Generic[P]):
 _bound: dict[type[Rule], Any] = {}
 # The options of `Optimizer` that the classes of rules take too.
 SHARED = (
-    *("fallback", "views", "strict", "maximize", "on_nonfinite"),
+    *("fallback", "views", "strict", "maximize", "foreach", "differentiable", "on_nonfinite"),
     *("fused", "precision", "rounding", "capturable", "state_dtype"),
 )
 
@@ -53,7 +53,7 @@ def bind(rule: Callable[P, Rule], module: str | None = None) -> Binding[P]:
     def __init__(self: Any, params: Any, lr: Any = None, **given: Any) -> None:
         chosen = {x.name: given.pop(x.name) for x in shared if x.name in given}
         # Flags of torch's classes that ask for nothing may stay in the line that is replaced.
-        for name in (TORCH | set(NEUTRAL)) & set(given) - set(hints(cls)):
+        for name in set(NEUTRAL) & set(given) - set(hints(cls)):
             if given[name] in (None, False, 0):
                 del given[name]
         given |= {} if lr is None else {"lr": lr}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch_backend.optimizer import Optimizer
 
 F = TypeVar("F")
+# The modes in which operations are noted, or done on tensors without numbers, and not run.
+TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 
 _numbers = count()
 _handles: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
@@ -35,6 +37,19 @@ def handle(optimizer: Optimizer) -> int:
         _handles[optimizer] = next(_numbers)
         _optimizers[_handles[optimizer]] = optimizer
     return _handles[optimizer]
+
+
+def is_traced() -> bool:
+    """Whether a compiler looks on: Dynamo, `make_fx`, or fake tensors."""
+    tracing = torch.compiler.is_dynamo_compiling
+    return tracing() or any(torch._C._get_dispatch_mode(x) is not None for x in TRACERS)
+
+
+@cast(Any, torch.compiler.disable)
+def step_in_sight_of_autograd(optimizer: Optimizer) -> None:
+    """Take a step that autograd follows, which the compiler's one operator would hide from it."""
+    with torch.enable_grad():
+        optimizer.take_step()
 
 
 def trace_step(optimizer: Optimizer) -> None:
@@ -62,7 +77,9 @@ def trace_step(optimizer: Optimizer) -> None:
     number = optimizer.entered(tuple(places))
     for p in params:
         states += [*optimizer.state[p].values()]
-    _step(number, places, params, gradients, states)
+    grad = torch.is_grad_enabled() and torch.compiler.is_dynamo_compiling()
+    with torch.no_grad():
+        _step(number, places, params, gradients, states, grad)
 
 
 # A replayed graph would leave out what the host decides: clocks, counts and hyperparameters.
@@ -75,8 +92,12 @@ def _step(
     params: list[Tensor],
     gradients: list[Tensor],
     states: list[Tensor],
+    grad: bool = False,
 ) -> None:
-    """Step the parameters at these places of all groups' parameters, as the tensors given are."""
+    """Step the parameters at these places of all groups' parameters, as the tensors given are.
+
+    grad: an error is to leave gradients on, which a compiled `no_grad` leaves off.
+    """
     optimizer = _optimizers.get(handle)
     if optimizer is None:
         raise RuntimeError("the optimizer that this step was compiled for is no more; compile anew")
@@ -87,7 +108,11 @@ def _step(
         _Lent(own, [*params, *states]),
         _Gradients(every, dict(zip(places, gradients, strict=True))),
     ):
-        optimizer.take_step()
+        try:
+            optimizer.take_step()
+        except Exception:
+            torch._C._set_grad_enabled(grad or torch.is_grad_enabled())
+            raise
 
 
 @_step.register_fake

@@ -21,6 +21,7 @@ from deepopt.split import Split, replicated, split, variants
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.exchange import Blocks, Exchange, Layout, Parcel
 from torch_backend.fused import Batched, Precision, is_narrow
+from torch_backend.layers import whole_tensor
 from torch_backend.plain import Norm
 from torch_backend.seen import Seen, arithmetic, rounds_at_random, seen_of, stored_as
 from torch_backend.stochastic import rounded
@@ -56,7 +57,7 @@ def local(x: Tensor) -> Tensor:
 def placed(value: Tensor, p: Tensor, name: str, seen: Seen, rule: Rule) -> Tensor:
     """A whole memory of a parameter, or one from another mesh, cut as the parameter's are."""
     if not isinstance(p, DTensor):
-        return value.full_tensor() if isinstance(value, DTensor) else value
+        return whole_tensor(value)
     placements = placements_of(Layout.of(p, "a parameter"), name, seen, rule)
     if isinstance(value, DTensor):
         if value.device_mesh == p.device_mesh and tuple(value.placements) == placements:
@@ -64,6 +65,28 @@ def placed(value: Tensor, p: Tensor, name: str, seen: Seen, rule: Rule) -> Tenso
         value = value.full_tensor()
     device = local(p).device
     return distribute_tensor(value.to(device), p.device_mesh, placements, src_data_rank=None)
+
+
+def whole(outer: Optimizer, i: int) -> Optimizer:
+    """An optimizer of the whole tensors of a group, with their gradients and state; all ranks call.
+
+    What it does shows in copies of DTensors only.
+    """
+    group = outer.param_groups[i]
+    cls = outer.rules[group["rule"]]
+    rule = made(cls, {k: group[k] for k in hints(cls)})
+    twins = [whole_tensor(p).detach() for p in group["params"]]
+    names = [outer.name_of(i, j) for j in range(len(twins))]
+    view = {"seen_as": group["seen_as"]} if group["seen_as"] else {}
+    own = {"params": list(zip(names, twins, strict=True)), "rule": rule, **view}
+    twin = outer.like([own | {"maximize": group["maximize"]}])
+    for p, q in zip(group["params"], twins, strict=True):
+        q.grad = None if p.grad is None else whole_tensor(p.grad)
+        if p in outer.state:
+            twin.state[q] = {k: whole_tensor(x) for k, x in outer.state[p].items()}
+        if p in outer.context:
+            twin.context[q] = outer.context[p]
+    return twin
 
 
 def placements_of(layout: Layout, name: str, seen: Seen, rule: Rule) -> tuple[Any, ...]:
@@ -210,6 +233,8 @@ class Distributed:
     """
 
     def __init__(self, outer: Optimizer) -> None:
+        if outer.differentiable:
+            raise RuntimeError("differentiable=True takes no DTensors; step plain tensors")
         self.outer = outer
         self.params = [p for group in outer.param_groups for p in group["params"]]
         self.sources = [local(p) for p in self.params]

@@ -13,7 +13,7 @@ from deepopt import interchange
 from deepopt.interchange import Path, Place, Rename
 from deepopt.rule import hints, turns
 from torch_backend.fused import LOW_HALF
-from torch_backend.layers import on_mesh
+from torch_backend.layers import whole_tensor
 from torch_backend.optimizer import Optimizer
 from torch_backend.seen import Seen, seen_of
 from torch_backend.values import made
@@ -34,7 +34,9 @@ def export_state(optimizer: Optimizer, path: Path) -> None:
         if missing := set(place.memories) - set(state):
             raise ValueError(f"{name} has no {sorted(missing)} yet; take a step before the export")
         shapes = place.memories | {k: x for k, x in place.more.items() if k in state}
-        kept = {k: _whole(state[k]).detach().cpu().reshape(x).clone() for k, x in shapes.items()}
+        kept = {
+            k: whole_tensor(state[k]).detach().cpu().reshape(x).clone() for k, x in shapes.items()
+        }
         states[name] = {"step": state["step"].to("cpu", torch.int64), **kept}
     if not optimizer.is_on_mesh or dist.get_rank() == 0:
         interchange.write(path, places, states, "torch")
@@ -67,11 +69,6 @@ def import_state(
                 for k, x in states[name].items()
             }
     optimizer.load_state_dict({**saved, "state": loaded})
-
-
-def _whole(x: Tensor) -> Tensor:
-    """A memory that may lie on a mesh in parts."""
-    return x.full_tensor() if on_mesh(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

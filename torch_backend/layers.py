@@ -29,6 +29,12 @@ def on_mesh(x: Any) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def whole_tensor(x: Tensor) -> Tensor:
+    """All of a tensor that may lie on a mesh in parts; then every rank must ask."""
+    parts: Any = x
+    return parts.full_tensor() if on_mesh(x) else x
+
+
 def groups_of(layer: nn.Module) -> int:
     """Into how many groups a layer cuts its inputs, each with a Gram matrix of its own."""
     return int(getattr(layer, "groups", 1))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepopt.rule import Rule, hints, turns
 from deepopt.signs import signed_memories
+from torch_backend.layers import whole_tensor
 from torch_backend.plain import Batch, Norm, batches, computed
 from torch_backend.seen import remember
 from torch_backend.values import host, instance
@@ -32,15 +33,22 @@ def metrics(optimizer: Optimizer) -> dict[str, float]:
     phase/{clock}: steps since the clock last ticked, of the first parameter that took most steps.
     Of what has no gradient, or not the context that its rule needs, there is no update and no
     alignment. Beside the groups: "skipped_steps" so far, and "negatives", eigenvalues that roots
-    found negative, where a rule counts them.
+    found negative, where a rule counts them. DTensors are brought together, a group at a time, and
+    every rank must ask.
     """
     numbers = {"skipped_steps": float(optimizer.skipped_steps)}
     own = [s for g in optimizer.param_groups for p in g["params"] if (s := _state(optimizer, p))]
     if counts := [s["negatives"] for s in own if "negatives" in s]:
-        numbers["negatives"] = sum(float(x.sum()) for x in counts)
-    norm = Norm(p.grad for g in optimizer.param_groups for p in g["params"])
+        numbers["negatives"] = sum(float(whole_tensor(x).sum()) for x in counts)
+    gradients = (p.grad for g in optimizer.param_groups for p in g["params"])
+    norm = Norm(None if g is None else whole_tensor(g) for g in gradients)
     for i, group in enumerate(optimizer.param_groups):
-        found = _of_group(optimizer, i, norm)
+        if optimizer.is_on_mesh:
+            from torch_backend.distributed import whole
+
+            found = _of_group(whole(optimizer, i), 0, norm)
+        else:
+            found = _of_group(optimizer, i, norm)
         numbers |= {f"{i}/{group['rule']}/{name}": value for name, value in found.items()}
     return numbers
 

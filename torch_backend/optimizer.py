@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -26,7 +27,14 @@ from deepopt.rule import (
 )
 from deepopt.rules import DESCENT, SGD, AdamW
 from torch_backend.checkpoint import SCHEMA, checked, migrated
-from torch_backend.compiled import announces_itself, handle, trace_step
+from torch_backend.compiled import (
+    announces_itself,
+    handle,
+    is_traced,
+    step_in_sight_of_autograd,
+    trace_step,
+)
+from torch_backend.flags import refuse_contradictions, wants_kernels
 from torch_backend.fused import How, Precision, Rounding
 from torch_backend.graphs import Capture, cuda, refuse_foreign
 from torch_backend.kernels import native
@@ -61,7 +69,7 @@ FOREIGN |= {"lr_scale", "use_fallback"}
 KEPT = (
     *("_rule", "_fallback", "_views", "_strict", "rules", "_why", "_tensors"),
     *("_recorder", "on_nonfinite", "skipped_steps", "fused", "precision", "rounding"),
-    *("capturable", "state_dtype"),
+    *("capturable", "foreach", "differentiable", "state_dtype"),
 )
 
 
@@ -81,6 +89,9 @@ class Optimizer(torch.optim.Optimizer):
         `optimizer.routing` to see what was decided.
     strict: raise where the routing would have to guess, or to use a fallback that was not given.
     maximize: step uphill.
+    foreach: take the plain path, with parameters of one shape stacked (True) or one by one (False).
+    differentiable: let gradients flow through the step, to parameters (which then are no leaves),
+        gradients, state and hyperparameters given as tensors; by the plain path, out of place.
     on_nonfinite: "propagate" NaN and Inf gradients into the parameters as torch does, "skip" the
         step (counted in `skipped_steps`), or "raise" naming the parameter.
     capturable: on a CUDA device, replay the kernels of a step as graphs, one for each set of clocks
@@ -123,6 +134,8 @@ class Optimizer(torch.optim.Optimizer):
         views: Mapping[str, str] | None = None,
         strict: bool = False,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
         on_nonfinite: OnNonfinite = "propagate",
         fused: bool | None = None,
         precision: Precision = "auto",
@@ -136,20 +149,25 @@ class Optimizer(torch.optim.Optimizer):
             ("rounding", rounding, get_args(Rounding)),
             ("capturable", capturable, (True, False)),
             ("state_dtype", state_dtype, (None, torch.float32, torch.bfloat16)),
+            ("maximize", maximize, (True, False)),
+            ("foreach", foreach, (None, True, False)),
+            ("differentiable", differentiable, (True, False)),
         ):
             if not any(value is x or (isinstance(x, str) and value == x) for x in known):
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")
-        if fused is False and rounding != "nearest":
-            raise ValueError(f"rounding={rounding!r} needs kernels, and fused=False")
-        if fused is False and capturable:
-            raise ValueError("capturable=True needs kernels, and fused=False")
+        if differentiable and state_dtype is torch.bfloat16:
+            raise ValueError(
+                "differentiable=True cannot follow state_dtype=torch.bfloat16, rounded at random"
+            )
+        refuse_contradictions(fused, foreach, differentiable, capturable, rounding)
         if on_nonfinite not in ("propagate", "skip", "raise"):
             raise ValueError(
                 f"on_nonfinite={on_nonfinite!r} must be 'propagate', 'skip' or 'raise'"
             )
         if isinstance(params, Tensor | set):
             raise TypeError(
-                f"params must be a module or an ordered iterable of tensors, got {type(params)}"
+                "params argument given to the optimizer should be an iterable of Tensors or dicts "
+                f"in some order, or a module, but got {type(params)}"
             )
         self._rule: Rule = AdamW() if rule is None else checked_rule(rule)
         self._fallback = None if fallback is None else checked_rule(fallback, "fallback")
@@ -165,12 +183,15 @@ class Optimizer(torch.optim.Optimizer):
         self.rounding: Rounding = rounding
         self.capturable = capturable
         self.state_dtype = state_dtype
+        self.foreach = foreach
+        self.differentiable = differentiable
         self._forget_work()
         self.skipped_steps = 0
         for view in self._views.values():
             check_view(view)
         groups: Any = of_iterable(params) if isinstance(params, nn.Module) else params
-        super().__init__(groups, {**values_of(self._rule), "maximize": maximize})
+        shared = {"maximize": maximize, "differentiable": differentiable}
+        super().__init__(groups, {**values_of(self._rule), **shared})
         names = [name for group in self.param_groups for name in group.get("param_names", ())]
         for pattern in self._views:
             if not any(fnmatch(name, pattern) for name in names):
@@ -250,8 +271,7 @@ class Optimizer(torch.optim.Optimizer):
         params, names = param_group["params"], param_group.get("param_names")
         if names is not None:
             params = list(zip(names, params, strict=True))
-        known = of_iterable(params)
-        self._check_tensors(known)
+        known = self._checked(of_iterable(params))
         chosen = param_group.get("rule")
         base = self._rule if chosen is None else checked_rule(chosen)
         given = {k: v for k, v in param_group.items() if k not in OWN | FOREIGN}
@@ -324,8 +344,11 @@ class Optimizer(torch.optim.Optimizer):
         self.rules[name] = cls
         self._why.update({x.tensor: why for x, why in members})
 
-    def _check_tensors(self, known: Sequence[Named]) -> None:
+    def _checked(self, known: Sequence[Named]) -> list[Named]:
+        """Parameters that can be stepped, each once; warns of repeated ones as torch does."""
         present = {id(p) for group in self.param_groups for p in group["params"]}
+        found: dict[int, Named] = {}
+        repeated: list[str] = []
         for i, x in enumerate(known):
             what = x.name or f"parameter {i}"
             if not isinstance(x.tensor, Tensor):
@@ -339,8 +362,20 @@ class Optimizer(torch.optim.Optimizer):
                     "torch.view_as_real)"
                 )
             if id(x.tensor) in present:
-                raise ValueError(f"{what} appears more than once; give each parameter once")
-            present.add(id(x.tensor))
+                raise ValueError(
+                    f"some parameters appear in more than one parameter group: {what} is in an "
+                    "earlier one; give each parameter once"
+                )
+            repeated += [what] * (id(x.tensor) in found)
+            found.setdefault(id(x.tensor), x)
+        if repeated:
+            warnings.warn(
+                "optimizer contains a parameter group with duplicate parameters: "
+                f"{', '.join(repeated)}; each is stepped once",
+                UserWarning,
+                stacklevel=4,
+            )
+        return [*found.values()]
 
     @announces_itself
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -358,10 +393,12 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            if torch.compiler.is_dynamo_compiling():
-                trace_step(self)
-            else:
+        if self.differentiable:
+            step_in_sight_of_autograd(self)
+        elif is_traced():
+            trace_step(self)
+        else:
+            with torch.no_grad():
                 self.take_step()
         return loss
 
@@ -509,6 +546,9 @@ class Optimizer(torch.optim.Optimizer):
             scalars["inverse_scale"] = 1.0 / float(scale)
         every = enumerate(group["params"])
         gradients = [p.grad if only in (None, j) else None for j, p in every]
+        if self.differentiable:
+            given = {k: group[k] for k in scalars if isinstance(group.get(k), Tensor)}
+            scalars |= {k: x.double().reshape(()) for k, x in given.items()}
         context = rule.context((1, 1))
         if context:
             for position, p in enumerate(group["params"]):
@@ -547,7 +587,8 @@ class Optimizer(torch.optim.Optimizer):
     ) -> tuple[Work | None, Sequence[int]]:
         """The work of a group that kernels do, and the positions that are left."""
         group = self.param_groups[i]
-        if self.fused is False or self._without_kernels:
+        wanted = wants_kernels(self.fused, self.foreach, self.differentiable)
+        if not wanted or self._without_kernels:
             return None, range(len(gradients)) if only is None else [only]
         how = How(bool(self.fused), self.precision, self.rounding, self.state_dtype)
         scaled = getattr(self, "grad_scale", None) is not None
@@ -607,6 +648,9 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget_work()
+        for name, parameter in inspect.signature(Optimizer.__init__).parameters.items():
+            if name in KEPT:
+                self.__dict__.setdefault(name, parameter.default)
         for group in self.param_groups:
             group.setdefault("schema", SCHEMA)
             hyper = inspect.signature(self.rules[group["rule"]]).parameters

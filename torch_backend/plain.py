@@ -94,6 +94,8 @@ def batches(
             )
         seen = seen_of(rule, p.shape, view)
         state = optimizer.state[p] if p in optimizer.state else {}
+        if optimizer.differentiable and getattr(state.get("step"), "requires_grad", False):
+            raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
         step = int(state["step"]) + 1 if "step" in state else 1
         moment = (step, turn[position] if rule.stagger else 0)
         if moment not in ticking:
@@ -105,11 +107,13 @@ def batches(
     found: list[Batch] = []
     for (seen, dtype, device, step, ticks, _), params in members.items():
         most = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // max(1, seen.largest))
+        most = 1 if optimizer.foreach is False else most
         for start in range(0, len(params), most):
             part = params[start : start + most]
             key = (seen, dtype, device, step, ticks, len(part) > 1)
             if key not in prepared:
-                run = _compiled(rule, seen.shape, ticks, dtype, device, len(part) > 1)
+                stacked, outside = len(part) > 1, optimizer.differentiable
+                run = _compiled(rule, seen.shape, ticks, dtype, device, stacked, outside)
                 own: dict[str, Any] = {**scalars, "step": float(step)}
                 if "gradient_norm" in run.program.inputs:
                     own["gradient_norm"] = norm.on(device) * own.get("inverse_scale", 1.0)
@@ -129,14 +133,19 @@ def _compiled(
     dtype: torch.dtype,
     device: torch.device,
     stacked: bool,
+    outside: bool,
 ) -> Compiled:
-    """The program of a step; it may overwrite what it is to write, and stacks, which are copies."""
+    """The program of a step; it may overwrite what it is to write, and stacks, which are copies.
+
+    outside: it may overwrite nothing.
+    """
     outputs = dict(trace(rule, shape, ticking).outputs)
     outputs.pop("direction", None)
     # A memory that this step only reads must survive it.
     written = [k for k in rule.all_slots(shape) if k in outputs]
     donate = ["w", "g", *written] if stacked else written
-    return Compiled(Program(outputs), Torch(arithmetic(dtype), device), donate)
+    algebra = Torch(arithmetic(dtype), device)
+    return Compiled(Program(outputs), algebra, None if outside else donate)
 
 
 def computed(
@@ -147,7 +156,7 @@ def computed(
     dtype = arithmetic(params[0].dtype)
     gradients = [cast(Tensor, p.grad).to(dtype) for p in params]
     inputs = {
-        "w": seen.gather([p.to(dtype) for p in params], seen.shape),
+        "w": seen.gather([p.to(dtype, copy=optimizer.differentiable) for p in params], seen.shape),
         "g": seen.gather([factor * g if factor != 1 else g for g in gradients], seen.shape),
     }
     for name in program.program.inputs:
@@ -178,6 +187,11 @@ def run(optimizer: Optimizer, batch: Batch) -> None:
         for name, value in out.items():
             stored, slot = states[j][name], seen.memories[name][0]
             value = seen.part(torch.as_tensor(value), slot.shape, j)
+            if optimizer.differentiable:
+                # What autograd holds must stay as it is, and nothing may be the gradient itself.
+                whole = value.expand(seen.stack(slot.shape)).reshape(stored.shape)
+                states[j][name] = whole.to(stored.dtype, copy=True)
+                continue
             # A memory that was overwritten in place is there already.
             if stored.data_ptr() == value.data_ptr() and stored.dtype == value.dtype:
                 continue

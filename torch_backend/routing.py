@@ -159,7 +159,9 @@ def of_iterable(parameters: Any) -> list[Named]:
             case _:
                 found.append(Named("", x, ""))
     if len({x.name == "" for x in found}) > 1:
-        raise ValueError("all parameters of a group must come with names, or all without")
+        raise ValueError(
+            "all optimizer params should be with/without names. Some param names are missing"
+        )
     return found
 
 

@@ -118,7 +118,10 @@ class Work:
 
     def _cannot(self, name: str, why: str) -> None:
         if self.how.required:
-            raise RuntimeError(f"fused=True cannot step {name}: {why}")
+            raise RuntimeError(
+                "`fused=True` requires all the params to be floating point Tensors of supported "
+                f"devices and layouts; it cannot step {name}: {why}"
+            )
         kind = why.split(" (")[0]
         say_once(f"deepopt steps {name} by the plain path, which is slower: {why}", kind)
 
