@@ -40,10 +40,10 @@ def kept(optimizer, batch):
 
 
 def cast(*given):
-    loaded = _checked(*given)
+    groups, loaded = _checked(*given)
     for p, own in loaded.items():
         own |= {k: x.to(p.dtype) for k, x in own.items() if k != "step"}
-    return loaded
+    return groups, loaded
 
 
 def hookless(optimizer, state_dict):
@@ -67,13 +67,13 @@ def untold(*given):
     return None
 
 
-def narrow(p, own, seen):
-    _remember(p, own, seen)
+def narrow(p, own, *rest):
+    _remember(p, own, *rest)
     own["step"] = own["step"].to(p.dtype)
 
 
-def counted(optimizer):
-    _take_step(optimizer)
+def counted(optimizer, *given):
+    _take_step(optimizer, *given)
     for own in optimizer.state.values():
         own["step"] += 1.0
 
@@ -88,13 +88,13 @@ def printed(optimizer):
 
 _remember, _compiled = torch_backend.plain.remember, torch_backend.plain._compiled
 _take_step = Optimizer.take_step
-_run, _checked = torch_backend.plain.run, torch_backend.optimizer.checked_state
+_run, _checked = torch_backend.plain.run, torch_backend.optimizer.checked
 
 # What is broken, by what, and the row that must turn red.
 PLANTED = {
     "gradients are written": (torch_backend.optimizer, "run", written, "gradients are left alone"),
     "gradients are kept": (torch_backend.optimizer, "run", kept, "gradients are left alone"),
-    "loads cast": (torch_backend.optimizer, "checked_state", cast, "states keep their dtype"),
+    "loads cast": (torch_backend.optimizer, "checked", cast, "states keep their dtype"),
     "loads call no hooks": (Optimizer, "load_state_dict", hookless, "hooks of loads"),
     "closures are ignored": (torch_backend.AdamW, "step", deaf, "closures"),
     "gradients are read too early": (torch_backend.AdamW, "step", late, "closures"),
