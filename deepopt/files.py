@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 
 @contextmanager
@@ -17,14 +19,17 @@ def replacing(path: str | os.PathLike[str]) -> Generator[BinaryIO, None, None]:
     ...     torch.save(state, file)
 
     Until then, after an error, and after SIGKILL or a loss of power at any moment, `path` is what
-    it was: what is written goes to a file beside it, is flushed to the disk, and then renamed. The
-    folder must exist. A killed process leaves its unfinished `path.PID.part` behind.
+    it was: what is written goes to a file beside it, is flushed to the disk, and then renamed. Of
+    several writers the last to end wins. The folder must exist. Who may read the file stays as it
+    was. A killed process leaves its unfinished `path.*.part` behind.
     """
     # A link stays one, and what it points to is replaced.
     target = Path(path).resolve()
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    part = target.with_name(f"{target.name}.{uuid4().hex}.part")
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
+            if target.exists():
+                shutil.copymode(target, part)
             yield file
             file.flush()
             os.fsync(file.fileno())

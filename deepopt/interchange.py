@@ -110,10 +110,17 @@ def read(
     file's. Raises one ValueError that lists where the file does not fit: names, rules, values that
     are no symbols, what the rules see, phases, memories.
     """
+    if isinstance(transpose, str):
+        raise TypeError(f"transpose={transpose!r} must be a sequence of patterns: [{transpose!r}]")
     metadata, tensors = _contents(path, framework)
     rules, wrong = metadata["rules"], list[str]()
     saved_places: dict[str, Any] = metadata["parameters"]
     about = {_renamed(name, rename): (name, x) for name, x in saved_places.items()}
+    idle = [x for x in transpose if not any(fnmatch(name, x) for name in places)]
+    if idle:
+        wrong.append(f"transpose has {several(idle)}, which no parameter here is called")
+    if not callable(rename) and (lost := [x for x in rename or () if x not in saved_places]):
+        wrong.append(f"rename has {several(lost)}, which the file has not")
     if len(about) < len(saved_places):
         wrong.append(f"rename gives parameters of {str(path)!r} one name")
     for words, names in (
@@ -132,6 +139,8 @@ def read(
         if (saved["rule"], place.rule) not in checked:
             checked.add((saved["rule"], place.rule))
             wrong += [f"{name}: {x}" for x in _unlike(rules[saved["rule"]], place.rule)]
+        if rules[saved["rule"]]["name"] != type(place.rule).__name__:
+            continue
         prefix = f"{original}/"
         state = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
         try:

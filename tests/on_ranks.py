@@ -21,7 +21,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from deepopt import rules
 from examples.hope.model import Config, Hope
-from torch_backend import Optimizer, distributed, export_state, import_state
+from torch_backend import (
+    Optimizer,
+    distributed,
+    export_state,
+    import_state,
+    release_gradients,
+)
 from torch_backend.distributed import local
 
 _meshes = {}
@@ -510,3 +516,14 @@ def narrow(rank, world, rule):
         abs(float(short[k].double().mean() / x.double().mean()) - 1) for k, x in wide.items()
     )
     return kinds == {torch.bfloat16}, apart
+
+
+def released(rank, world, on_mesh):
+    """What release_gradients says where gradients are not those of one process."""
+    weight = torch.ones(4, 4)
+    p = nn.Parameter(cut(weight, mesh_of(world), (Shard(0),)) if on_mesh else weight)
+    try:
+        release_gradients(Optimizer([p], rules.AdamW()))
+    except ValueError as error:
+        return str(error)
+    return ""

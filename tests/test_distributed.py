@@ -216,3 +216,10 @@ def test_narrow_memories_of_shards_lose_no_small_increments(four):
     for rule in rules_of_shards:
         for narrow, apart in four.run(on_ranks.narrow, rule):
             assert narrow and apart < 0.01
+
+
+def test_gradients_of_several_processes_are_not_released(two):
+    for message in two.run(on_ranks.released, False):
+        assert "by 2 processes" in message
+    for message in two.run(on_ranks.released, True):
+        assert "DTensors" in message

@@ -120,3 +120,22 @@ def test_a_link_stays_a_link(tmp_path):
     with replacing(link) as file:
         file.write(b"new")
     assert link.is_symlink() and target.read_bytes() == b"new"
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as first:
+        with replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b"first")
+    assert path.read_bytes() == b"first" and [*tmp_path.iterdir()] == [path]
+
+
+def test_who_may_read_a_file_stays_as_it_was(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"secret")
+    path.chmod(0o600)
+    with replacing(path) as file:
+        file.write(b"more")
+    assert path.stat().st_mode & 0o777 == 0o600

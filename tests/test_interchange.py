@@ -275,6 +275,18 @@ def test_all_that_does_not_fit_is_in_one_error(tmp_path):
         torch_backend.import_state(stepped(rules.Muon())[1], tmp_path / "a")
 
 
+def test_names_and_patterns_that_nothing_has_are_refused(tmp_path):
+    _, optimizer = stepped(rules.AdamW())
+    path = tmp_path / "a"
+    torch_backend.export_state(optimizer, path)
+    with pytest.raises(TypeError, match="transpose='layer.weight' must be a sequence"):
+        torch_backend.import_state(optimizer, path, transpose="layer.weight")
+    with pytest.raises(ValueError, match=r"transpose has '\*.kernel', which no parameter"):
+        torch_backend.import_state(optimizer, path, transpose=["*.kernel"])
+    with pytest.raises(ValueError, match="rename has 'kernel', which the file has not"):
+        torch_backend.import_state(optimizer, path, rename={"kernel": "weight"})
+
+
 def test_steps_that_differ_have_no_place_in_optax(tmp_path):
     params, optimizer = stepped(rules.AdamW())
     params["layer.bias"].grad = None

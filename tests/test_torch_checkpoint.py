@@ -470,8 +470,8 @@ def test_all_differences_are_in_one_error():
         optimizer.load_state_dict(checkpoint)
     for words in (
         "does not fit this optimizer in 5 ways; nothing was loaded:",
-        "group 0 of the checkpoint has parameters 'c.weight' that this optimizer has not, and not "
-        "its 'd.weight' (without 'param_names'",
+        "group 0 of the checkpoint has parameters 'c.weight' that group 0 here has not and lacks "
+        "'d.weight' of group 0 here (without 'param_names'",
         "group 0 of the checkpoint: M3(floor=-1.0) must be a finite number >= 0",
         "group 0 of the checkpoint: M3(steps='five') must be an integer >= 1",
         "group 1 of the checkpoint has parameters 'c.bias'",
@@ -689,3 +689,16 @@ def test_keys_that_do_not_add_up_are_refused():
     with pytest.raises(ValueError, match=r"more than once: 0, 0, 2, 3\n.*state for 1, which is"):
         optimizer.load_state_dict(checkpoint)
     assert equal(before, everything(optimizer))
+
+
+@pytest.mark.parametrize("theirs", [False, True], ids=["ours", "torch's"])
+def test_state_without_its_step_is_refused(theirs):
+    # Bias corrections of a run that seems to begin would make its first steps far too large.
+    p = nn.Parameter(torch.ones(3))
+    saver = torch.optim.AdamW([p]) if theirs else torch_backend.AdamW([p])
+    p.grad = torch.ones(3)
+    saver.step()
+    checkpoint = saver.state_dict()
+    del checkpoint["state"][0]["step"]
+    with pytest.raises(ValueError, match="parameter 0 of group 0 has no step"):
+        torch_backend.AdamW([p]).load_state_dict(checkpoint)

@@ -122,6 +122,14 @@ def test_a_group_may_ask_for_the_fallback():
     other = {"params": [parameter(4, 4)], "use_fallback": True}
     optimizer = torch_backend.M3([other], fallback=rules.Muon())
     assert table(optimizer) == {"0.0": ("Muon", "flatten", "matrix (or an embedding or head?)")}
+    # Its hyperparameters are those of the rule it gets.
+    other = {"params": [parameter(4)], "use_fallback": True, "betas": (0.8, 0.9)}
+    assert torch_backend.M3([other]).param_groups[0]["betas"] == (0.8, 0.9)
+    for wrong in ({"use_fallback": "yes"}, {"use_fallback": True, "rule": rules.Lion()}):
+        with pytest.raises(ValueError, match="use_fallback="):
+            torch_backend.M3([{"params": [parameter(4)], **wrong}])
+    with pytest.raises(TypeError, match="AdamW has no hyperparameter 'period'"):
+        torch_backend.M3([{"params": [parameter(4)], "use_fallback": True, "period": 3}])
 
 
 def test_a_group_with_its_own_rule_takes_embeddings():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deepopt.differences import refuse, several
-from deepopt.rule import Rule, check_value, hints
+from deepopt.rule import Rule, check_value, hints, trace
 from deepopt.rules import AMSGrad
 from torch_backend.fused import LOW_HALF
 from torch_backend.layers import on_mesh
@@ -154,10 +154,13 @@ def _group(
     if a and b and a != b:
         known = dict(zip(a, keys, strict=True))
         if {*a} != {*b}:
+            more, less = [x for x in a if x not in b], [x for x in b if x not in known]
             wrong.append(
-                f"{what} has parameters {several([x for x in a if x not in b])} that this "
-                f"optimizer has not, and not its {several([x for x in b if x not in known])} "
-                "(without 'param_names' in its groups a checkpoint is loaded by position)"
+                what
+                + f" has parameters {several(more)} that group {i} here has not" * bool(more)
+                + " and" * bool(more and less)
+                + f" lacks {several(less)} of group {i} here" * bool(less)
+                + " (without 'param_names' in its groups a checkpoint is loaded by position)"
             )
         keys = [known.get(name) for name in b]
     cls = optimizer.rules[mine["rule"]]
@@ -220,6 +223,9 @@ def _state(
             f"the checkpoint has memories {sorted(names)} for {what}; {type(rule).__name__} keeps "
             f"{sorted(shapes)}"
         )
+    counts = ours or "step" in trace(rule, (1, 1), rule.ticks(rule.every)).inputs
+    if "step" not in state and counts:
+        wrong.append(f"the checkpoint's state for {what} has no step")
     for name, shape in {"step": torch.Size(()), **shapes}.items():
         try:
             found[name] = _tensor(name, state.get(name, 0.0), shape)

@@ -273,10 +273,10 @@ class Optimizer(torch.optim.Optimizer):
             params = list(zip(names, params, strict=True))
         known = self._checked(of_iterable(params))
         chosen = param_group.get("rule")
-        base = self._rule if chosen is None else checked_rule(chosen)
+        base = self._base(param_group)
         given = {k: v for k, v in param_group.items() if k not in OWN | FOREIGN}
         if chosen is None:
-            given = {**self._tensors, **given}
+            given = {k: x for k, x in self._tensors.items() if k in hints(type(base))} | given
         rule, rest = made(type(base), given, base), self._fallback
         shared: dict[str, Any] = {}
         if rest is None:
@@ -287,11 +287,10 @@ class Optimizer(torch.optim.Optimizer):
             check_view(seen_as)
         certain = self._fallback is not None
         options = {"chosen": chosen is not None, "strict": self._strict, "certain": certain}
-        first = rest if param_group.get("use_fallback") else rule
         parts: dict[tuple[bool, str], list[tuple[Named, str]]] = {}
         for x in known:
             asked = seen_as or next((v for k, v in self._views.items() if fnmatch(x.name, k)), "")
-            taken, view, why = route(x, first, rest, asked, **options)
+            taken, view, why = route(x, rule, rest, asked, **options)
             parts.setdefault((taken is rule, view), []).append((x, why))
         extra = {k: v for k, v in param_group.items() if k in FOREIGN}
         extra["maximize"] = param_group.get("maximize", self.defaults["maximize"])
@@ -306,6 +305,20 @@ class Optimizer(torch.optim.Optimizer):
             del self.param_groups[before[0] :]
             _, self.rules, self._why = before
             raise
+
+    def _base(self, group: Mapping[str, Any]) -> Rule:
+        """The rule of a group, before its own hyperparameters."""
+        chosen, falls = group.get("rule"), group.get("use_fallback", False)
+        if not isinstance(falls, bool) or (falls and chosen is not None):
+            raise ValueError(
+                f"use_fallback={falls!r} of a group must be True or False, and a group with a rule "
+                "of its own has no use for it"
+            )
+        if not falls:
+            return self._rule if chosen is None else checked_rule(chosen)
+        shared = {k: getattr(self._rule, k) for k in ("lr", "weight_decay", "every")}
+        descends = isinstance(self._rule, DESCENT)
+        return self._fallback or made(SGD if descends else AdamW, shared)
 
     def _watch(self, rule: Rule, layers: Mapping[Tensor, Sequence[nn.Module]]) -> None:
         """Record what the layers of each weight are given, where the rule needs to know."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from weakref import ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -37,7 +38,8 @@ def release_gradients(optimizer: Optimizer) -> Released:
     later are left to step().
 
     Raises ValueError for what needs all gradients at once: rules that go by their joint norm,
-    on_nonfinite="skip" or "raise", DTensors, and capturable=True, which needs them in place.
+    on_nonfinite="skip" or "raise", several processes, differentiable=True,
+    and capturable=True, which needs them in place.
     """
     _check(optimizer)
     known = ref(optimizer)
@@ -54,6 +56,11 @@ def release_gradients(optimizer: Optimizer) -> Released:
 
 def _check(optimizer: Optimizer) -> None:
     what = "gradients cannot be released one by one"
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"{what}: release_gradients takes an optimizer of torch_backend, bare of any wrapper, "
+            f"not {type(optimizer)}"
+        )
     if optimizer.on_nonfinite != "propagate":
         raise ValueError(
             f"{what}: on_nonfinite={optimizer.on_nonfinite!r} looks at all of them before it "
@@ -61,6 +68,14 @@ def _check(optimizer: Optimizer) -> None:
         )
     if optimizer.is_on_mesh:
         raise ValueError(f"{what}: its DTensors step together, as all ranks agree on")
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world > 1:
+        raise ValueError(
+            f"{what} by {world} processes: each would step by gradients of its own, before they "
+            "are averaged"
+        )
+    if optimizer.differentiable:
+        raise ValueError(f"{what}: differentiable=True keeps them in the graph")
     if optimizer.capturable:
         raise ValueError(f"{what}: capturable=True needs them to stay in place")
     for i, group in enumerate(optimizer.param_groups):

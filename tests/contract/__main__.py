@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     torch.set_num_threads(1)
     torch._logging.set_logs(dynamo=logging.ERROR)
+    if unknown := set(given.modes) - set(MODES):
+        parser.error(f"--modes {given.modes!r}: {sorted(unknown)} are none of {''.join(MODES)}")
     run = partial(of_rule, names=given.checks, modes=given.modes)
     outcomes: dict[Cell, Outcome] = {}
     for found in everywhere(run, given.rules, given.jobs):
