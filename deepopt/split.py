@@ -100,15 +100,35 @@ def split(rule: Rule, shape: Shape, ticking: frozenset[str], several: bool = Fal
     )
 
 
+@cache
+def is_local(rule: Rule, shape: Shape) -> bool:
+    """Whether shards of a parameter of this shape can step without each other, as parameters of
+    their own: no step needs the whole, and none computes with the shape."""
+    other = tuple(2 * n + 1 for n in shape)
+    for ticking in variants(rule):
+        if not split(rule, shape, ticking).is_local:
+            return False
+        texts = [_digests(_outputs(rule, x, ticking).values(), False) for x in (shape, other)]
+        if {*texts[0].values()} != {*texts[1].values()}:
+            return False
+    return True
+
+
 def _in_order(nodes: Iterable[Expr]) -> list[Expr]:
     """Nodes in an order that every process finds, whichever way it came to write a + b."""
-    chosen, digests = list(nodes), dict[Expr, str]()
-    for x in topological(chosen):
+    chosen = list(nodes)
+    return sorted(chosen, key=_digests(chosen).__getitem__)
+
+
+def _digests(nodes: Iterable[Expr], shapes: bool = True) -> dict[Expr, str]:
+    """What a node computes, and all below it, as texts. shapes: of which shape."""
+    digests: dict[Expr, str] = {}
+    for x in topological(nodes):
         args = [digests[arg] for arg in x.args]
         args = sorted(args) if x.op in COMMUTATIVE else args
-        text = repr((x.op, x.shape, x.attrs, args))
+        text = repr((x.op, x.shape if shapes else x.rank, x.attrs, args))
         digests[x] = hashlib.sha256(text.encode()).hexdigest()
-    return sorted(chosen, key=digests.__getitem__)
+    return digests
 
 
 def _outputs(rule: Rule, shape: Shape, ticking: frozenset[str]) -> dict[str, Expr]:

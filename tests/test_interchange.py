@@ -279,7 +279,7 @@ def test_names_and_patterns_that_nothing_has_are_refused(tmp_path):
     _, optimizer = stepped(rules.AdamW())
     path = tmp_path / "a"
     torch_backend.export_state(optimizer, path)
-    with pytest.raises(TypeError, match="transpose='layer.weight' must be a sequence"):
+    with pytest.raises(TypeError, match="must be a sequence of patterns"):
         torch_backend.import_state(optimizer, path, transpose="layer.weight")
     with pytest.raises(ValueError, match=r"transpose has '\*.kernel', which no parameter"):
         torch_backend.import_state(optimizer, path, transpose=["*.kernel"])

@@ -6,18 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from deepopt.algebra import Program
 from deepopt.expr import Shape
 from deepopt.rule import Rule, hints, trace, turns
-from deepopt.split import Split, replicated, split, variants
+from deepopt.split import Split, is_local, replicated, split, variants
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.exchange import Blocks, Exchange, Layout, Parcel
 from torch_backend.fused import Batched, Precision, is_narrow
@@ -65,28 +66,6 @@ def placed(value: Tensor, p: Tensor, name: str, seen: Seen, rule: Rule) -> Tenso
         value = value.full_tensor()
     device = local(p).device
     return distribute_tensor(value.to(device), p.device_mesh, placements, src_data_rank=None)
-
-
-def whole(outer: Optimizer, i: int) -> Optimizer:
-    """An optimizer of the whole tensors of a group, with their gradients and state; all ranks call.
-
-    What it does shows in copies of DTensors only.
-    """
-    group = outer.param_groups[i]
-    cls = outer.rules[group["rule"]]
-    rule = made(cls, {k: group[k] for k in hints(cls)})
-    twins = [whole_tensor(p).detach() for p in group["params"]]
-    names = [outer.name_of(i, j) for j in range(len(twins))]
-    view = {"seen_as": group["seen_as"]} if group["seen_as"] else {}
-    own = {"params": list(zip(names, twins, strict=True)), "rule": rule, **view}
-    twin = outer.like([own | {"maximize": group["maximize"]}])
-    for p, q in zip(group["params"], twins, strict=True):
-        q.grad = None if p.grad is None else whole_tensor(p.grad)
-        if p in outer.state:
-            twin.state[q] = {k: whole_tensor(x) for k, x in outer.state[p].items()}
-        if p in outer.context:
-            twin.context[q] = outer.context[p]
-    return twin
 
 
 def placements_of(layout: Layout, name: str, seen: Seen, rule: Rule) -> tuple[Any, ...]:
@@ -208,8 +187,11 @@ class Cut:
                 continue
             stored, value = local(self.state[name]), self.known[name]
             if rounds_at_random(slot, stored.dtype) and stored.numel():
-                # Each rank draws numbers of its own.
-                place = self.place[1] * self.layout.size + self.layout.rank
+                # Each part draws numbers of its own, the same on all ranks that have it.
+                part = self.layout.index
+                if slot.shape != self.seen.shape:
+                    part //= prod(self.layout.sizes[1:])
+                place = self.place[1] * self.layout.size + part
                 step = int(self.state["step"])
                 value = rounded(
                     value.expand(stored.shape), stored, name, self.place[0], step, [place]
@@ -222,6 +204,15 @@ def _compiled(
     program: Program, algebra: type[Torch], dtype: torch.dtype, device: torch.device
 ) -> Compiled:
     return Compiled(program, algebra(dtype, device))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of each group of an optimizer of local tensors: the turns of its parameters, and the number
+    of its random numbers."""
+
+    turns: list[list[int]]
+    streams: list[int]
 
 
 class Distributed:
@@ -248,21 +239,29 @@ class Distributed:
             if isinstance(p, DTensor)
         }
         self._check_alike()
+        # Of this step; static hyperparameters may change between steps.
+        self.rules = [self._rule(i) for i in range(len(outer.param_groups))]
+        self.groups_of = {p: i for i, g in enumerate(outer.param_groups) for p in g["params"]}
         self.cut = {p for i, group in enumerate(outer.param_groups) for p in group["params"]
                     if p in self.layouts and self._needs_others(i, p)}  # fmt: skip
         # The local tensors by parameter, without the history of the parameter.
         self.local: dict[Tensor, Tensor] = {
             p: local(p).detach() for p in self.layouts if p not in self.cut
         }
+        for p in self.cut:
+            _ = self.layouts[p].group  # Refused here, before anything steps.
         self.links: dict[tuple[Tensor, str], Tensor] = {}
+        self.known = self._groups()
         self.inner, self.groups = self._inner()
 
     def fits(self) -> bool:
         """Whether the optimizer still has the parameters, and where they were."""
-        now = [p for group in self.outer.param_groups for p in group["params"]]
-        return len(now) == len(self.params) and all(
-            p is q and local(p) is x for p, q, x in zip(now, self.params, self.sources, strict=True)
-        )
+        if self._groups() != self.known:
+            return False
+        return all(local(p) is x for p, x in zip(self.params, self.sources, strict=True))
+
+    def _groups(self) -> list[Any]:
+        return [(g["rule"], g["seen_as"], *map(id, g["params"])) for g in self.outer.param_groups]
 
     def _rule(self, i: int) -> Rule:
         group = self.outer.param_groups[i]
@@ -272,12 +271,8 @@ class Distributed:
     def _needs_others(self, i: int, p: Tensor) -> bool:
         """Whether a shard cannot be stepped without the others."""
         rule, layout = self._rule(i), self.layouts[p]
-        if layout.size == 1:
-            return False
-        if rule.stagger and rule.clocks():
-            return True  # The turn goes by all parameters, whole.
         seen = seen_of(rule, p.shape, self.outer.param_groups[i]["seen_as"])
-        return not all(split(rule, seen.shape, t).is_local for t in variants(rule))
+        return layout.size > 1 and not is_local(rule, seen.shape)
 
     def _check_alike(self) -> None:
         """Raise ValueError that names the first parameter that is not the same on all ranks."""
@@ -300,58 +295,155 @@ class Distributed:
                         raise ValueError(_difference(found[0], other, *ranks))
 
     def _inner(self) -> tuple[Optimizer | None, list[int]]:
-        """The optimizer of local tensors, and which of the outer's groups its groups are."""
+        """The optimizer of local tensors, and which of the outer's groups its groups are.
+
+        Shards have groups of their own, whose random numbers are those of their part; what several
+        ranks have whole takes the same numbers on all of them.
+        """
         outer, groups, which = self.outer, list[dict[str, Any]](), list[int]()
+        part = Part([], [])
         for i, group in enumerate(outer.param_groups):
-            own = [(outer.name_of(i, j), self.local.get(p, p))
-                   for j, p in enumerate(group["params"]) if p not in self.cut]  # fmt: skip
-            if own:
-                view = {"seen_as": group["seen_as"]} if group["seen_as"] else {}
+            kinds: dict[Layout | None, list[int]] = {}
+            for j, p in enumerate(group["params"]):
+                layout = self.layouts.get(p)
+                if p not in self.cut:
+                    cut = layout is not None and layout.size > 1
+                    kinds.setdefault(layout if cut else None, []).append(j)
+            turn = turns([p.shape for p in group["params"]])
+            view = {"seen_as": group["seen_as"]} if group["seen_as"] else {}
+            for layout, places in kinds.items():
+                params = [group["params"][j] for j in places]
+                own = [(outer.name_of(i, j), self.local.get(p, p))
+                       for j, p in zip(places, params, strict=True)]  # fmt: skip
                 groups.append({"params": own, "rule": self._rule(i), **view})
                 which.append(i)
+                part.turns.append([turn[j] for j in places])
+                shard = 0 if layout is None else 1 + layout.index
+                part.streams.append(i + (shard << 12))
         if not groups:
             return None, which
-        return outer.like(groups), which
+        inner = outer.like(groups)
+        inner.part_of = part
+        return inner, which
 
     def _seen(self, p: Tensor) -> tuple[Seen, Rule]:
         """How a parameter is seen, and by which rule."""
-        groups = enumerate(self.outer.param_groups)
-        i, view = next((i, g["seen_as"]) for i, g in groups if any(p is x for x in g["params"]))
-        return seen_of(self._rule(i), p.shape, view), self._rule(i)
+        i = self.groups_of[p]
+        rule = self.rules[i]
+        return seen_of(rule, p.shape, self.outer.param_groups[i]["seen_as"]), rule
 
     def step(self) -> None:
         """Take the step; every rank of the meshes must come here."""
         outer = self.outer
         flags = self._agreed(bool(getattr(outer, "found_inf", False)))
-        if flags.found_inf or not outer.accepts(flags.bad):
+        if any(flags.found_inf) or not outer.accepts(flags.bad):
             return
         stepped = [p for p, live in zip(self.params, flags.live, strict=True) if live]
         gradients = {p: self._gradient(p) for p in stepped}
-        norm = self._norm(gradients)
+        norm = self.norm(gradients)
         cut = self._cuts(gradients, norm)
         if self.inner is not None:
             self._step_inner(gradients, norm)
         for batch in _rounds(cut):
             _step(batch)
 
-    def _agreed(self, found_inf: bool) -> _Flags:
-        """Which parameters step, and which are not finite, as any rank of a mesh finds them."""
-        n = len(self.params)
-        live = [p.grad is not None for p in self.params]
-        bad = [any(not bool(x.isfinite().all()) for x in self._checked(p)) for p in self.params]
+    def _agreed(self, found_inf: bool = False) -> _Flags:
+        """Which parameters step, and which are not finite, as any rank of a mesh finds them.
+
+        Raises on all ranks what would have kept one of them from its part of the step.
+        """
+        self.rules = [self._rule(i) for i in range(len(self.outer.param_groups))]
+        errors = {k: error for k, p in enumerate(self.params) if (error := self._unfit(p))}
+        own = _Flags(
+            [p.grad is not None for p in self.params],
+            [any(not bool(x.isfinite().all()) for x in self._checked(p)) for p in self.params],
+            [k in errors for k in range(len(self.params))],
+            [p.grad is None for p in self.params],
+            [self._is_moved(p) for p in self.params],
+            [found_inf],
+        )
         for mesh in self.meshes:
-            flags = torch.tensor([*live, *bad, found_inf], dtype=torch.int32)
+            flags = torch.tensor([x for part in own for x in part], dtype=torch.int32)
             found = _over(mesh, _shared_axes(mesh), flags.to(_device(mesh)), dist.ReduceOp.MAX)
-            known = [bool(x) for x in found.tolist()]
-            live, bad, found_inf = known[:n], known[n:-1], known[-1]
-        return _Flags(live, bad, found_inf)
+            known = iter(found.tolist())
+            own = _Flags(*([bool(next(known)) for _ in part] for part in own))
+        for k, unfit in enumerate(own.unfit):
+            if unfit:
+                name = self.name(self.params[k])
+                raise errors.get(k) or ValueError(f"another rank cannot step {name}; see its error")
+            if own.moved[k] and own.lacking[k]:
+                name = self.name(self.params[k])
+                raise ValueError(
+                    f"some ranks have a gradient of {name} that is placed in another way than it, "
+                    "and others none; redistribute it, or give all ranks one"
+                )
+        return own
+
+    def name(self, p: Tensor) -> str:
+        """What errors call a parameter."""
+        i = self.groups_of[p]
+        own = self.outer.param_groups[i]["params"]
+        return self.outer.name_of(i, next(j for j, q in enumerate(own) if q is p))
+
+    def _unfit(self, p: Tensor) -> Exception | None:
+        """What keeps this rank from stepping a parameter."""
+        if p.grad is None:
+            return None
+        if p in self.layouts and not isinstance(p.grad, DTensor):
+            return TypeError(f"the gradient of a DTensor must be one, not {type(p.grad).__name__}")
+        seen, rule = self._seen(p)
+        if seen.context:
+            try:
+                self.outer.check_context(rule, p, seen, self.name(p))
+            except (TypeError, ValueError) as error:
+                return error
+        return None
+
+    def _is_moved(self, p: Tensor) -> bool:
+        layout, g = self.layouts.get(p), p.grad
+        return isinstance(g, DTensor) and (
+            layout is not None and tuple(g.placements) != layout.placements
+        )
 
     def _checked(self, p: Tensor) -> list[Tensor]:
         """What must be finite of a parameter: its context, and its gradient where that is asked."""
-        found = [*self.outer.context[p].values()] if p in self.outer.context else []
+        found: list[Tensor] = []
+        if p.grad is not None and p in self.outer.context:
+            known = self.outer.context[p]
+            found = [known[k] for k in self._seen(p)[0].context if isinstance(known.get(k), Tensor)]
         if self.outer.on_nonfinite != "propagate" and p.grad is not None:
             found.append(local(p.grad))
         return found
+
+    def live(self) -> dict[Tensor, Tensor]:
+        """This process's parts of the gradients of what a step would step; all ranks call."""
+        flags = self._agreed()
+        return {p: self._gradient(p) for p, x in zip(self.params, flags.live, strict=True) if x}
+
+    def whole(self, i: int, gradients: Mapping[Tensor, Tensor]) -> Optimizer:
+        """An optimizer of the whole tensors of a group, with these gradients and its state.
+
+        All ranks call. What it does shows in copies of DTensors only.
+        """
+        outer, group = self.outer, self.outer.param_groups[i]
+        cls = outer.rules[group["rule"]]
+        rule = made(cls, {k: group[k] for k in hints(cls)})
+        twins = [whole_tensor(p).detach() for p in group["params"]]
+        names = [outer.name_of(i, j) for j in range(len(twins))]
+        view = {"seen_as": group["seen_as"]} if group["seen_as"] else {}
+        own = {"params": list(zip(names, twins, strict=True)), "rule": rule, **view}
+        twin = outer.like([own | {"maximize": group["maximize"]}])
+        for p, q in zip(group["params"], twins, strict=True):
+            if p in gradients:
+                g, layout = gradients[p], self.layouts.get(p)
+                if layout is not None:
+                    g = whole_tensor(_on_mesh(g, layout.mesh, layout.placements, p.shape))
+                q.grad = g
+            if p in outer.state:
+                twin.state[q] = {k: whole_tensor(x) for k, x in outer.state[p].items()}
+            if p in outer.context:
+                twin.context[q] = outer.context[p]
+        return twin
 
     def _gradient(self, p: Tensor) -> Tensor:
         """This process's part of a gradient; zeros where only other ranks have one."""
@@ -360,13 +452,12 @@ class Distributed:
             return torch.zeros_like(p) if g is None else g
         if g is None:
             return torch.zeros_like(local(p))
-        if not isinstance(g, DTensor):
-            raise TypeError(f"the gradient of a DTensor must be one, not a {type(g).__name__}")
+        assert isinstance(g, DTensor)
         if tuple(g.placements) != layout.placements:
             g = g.redistribute(layout.mesh, layout.placements)
         return local(g)
 
-    def _norm(self, gradients: Mapping[Tensor, Tensor]) -> Norm:
+    def norm(self, gradients: Mapping[Tensor, Tensor]) -> Norm:
         """The norm of all gradients, whole; computed by all ranks, or by none."""
         if not any(_reads_norm(self._rule(i)) for i in range(len(self.outer.param_groups))):
             return Norm(())
@@ -387,7 +478,9 @@ class Distributed:
         """The matrices in shards that take the step."""
         outer, found = self.outer, list[Cut]()
         for i, group in enumerate(outer.param_groups):
-            own = [(j, p) for j, p in enumerate(group["params"]) if p in self.cut & set(gradients)]
+            own = [
+                (j, p) for j, p in enumerate(group["params"]) if p in self.cut and p in gradients
+            ]
             if not own:
                 continue
             rule = self._rule(i)
@@ -434,7 +527,7 @@ class Distributed:
                 "MixedPrecisionPolicy does"
             )
 
-    def _remembered(self, p: DTensor, rule: Rule, seen: Seen) -> dict[str, Any]:
+    def _remembered(self, p: Tensor, rule: Rule, seen: Seen) -> dict[str, Any]:
         """The state of a parameter in shards, made where there is none."""
         state, layout, part = self.outer.state[p], self.layouts[p], local(p)
         if "step" not in state:
@@ -463,6 +556,11 @@ class Distributed:
         scale = {k: v for k, v in vars(outer).items() if k == "grad_scale"}
         vars(inner).update(scale)
         given = {p: g for p, g in gradients.items() if p not in self.cut}
+        for p in given:
+            if p in self.local:
+                # By the whole shape; an inner step would go by that of the part.
+                seen, rule = self._seen(p)
+                self._remembered(p, rule, seen)
         for p in self.params:
             if p not in self.cut:
                 self._lend(p)
@@ -484,11 +582,16 @@ class Distributed:
         """Give the inner optimizer the local part of a parameter's state, and its context."""
         inner, state = self.inner, self.outer.state
         assert inner is not None
+        q = self.local.get(p, p)
         if p in self.outer.context:
-            inner.context[self.local.get(p, p)] = self.outer.context[p]
+            inner.context[q] = self.outer.context[p]
+        else:
+            inner.context.pop(q, None)
         if p not in self.local:
             if p in state:
                 inner.state[p] = state[p]
+            else:
+                inner.state.pop(p, None)
             return
         own, given = inner.state[self.local[p]], state.get(p, {})
         for name in own.keys() - given.keys():
@@ -504,11 +607,11 @@ class Distributed:
         if p not in self.local:
             state[p] = inner.state[p]
             return
-        layout, seen, rule = self.layouts[p], *self._seen(p)
         for name, value in inner.state[self.local[p]].items():
             if name in state[p] and local(state[p][name]) is value:
                 continue
             if name != "step":
+                layout, seen, rule = self.layouts[p], *self._seen(p)
                 stored = seen.memories[name][1] if name in seen.memories else p.shape
                 placements = placements_of(layout, name, seen, rule)
                 value = _on_mesh(value, layout.mesh, placements, stored)
@@ -516,13 +619,17 @@ class Distributed:
             state[p][name] = self.links[p, name] = value
 
 
-@dataclass(frozen=True)
-class _Flags:
-    """What all ranks know of a step: which parameters take it, and what keeps it from being."""
+class _Flags(NamedTuple):
+    """What all ranks know of a step: which parameters take it, of which a gradient or context is
+    not finite or not fit, or a gradient missing or placed in another way; whether one found an inf.
+    """
 
     live: list[bool]
     bad: list[bool]
-    found_inf: bool
+    unfit: list[bool]
+    lacking: list[bool]
+    moved: list[bool]
+    found_inf: list[bool]
 
 
 def _shared_axes(mesh: DeviceMesh) -> list[int]:
@@ -550,9 +657,14 @@ def _on_mesh(
     part: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape: Sequence[int]
 ) -> DTensor:
     """The tensor of this shape of which a process has this part."""
-    strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+    strides = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
     size = torch.Size(shape)
-    return DTensor.from_local(part, mesh, placements, shape=size, stride=tuple(strides))
+    if part.device.type != mesh.device_type:
+        # `from_local` would move what is offloaded to where the mesh is.
+        meta = TensorMeta(size, strides, part.dtype)
+        spec = DTensorSpec(mesh, tuple(placements), tensor_meta=meta)
+        return DTensor(part, spec, requires_grad=False)
+    return DTensor.from_local(part, mesh, placements, shape=size, stride=strides)
 
 
 def _difference(first: Sequence[str], other: Sequence[str], rank: int, elsewhere: int) -> str:

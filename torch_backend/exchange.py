@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,16 +65,33 @@ class Layout:
 
     @property
     def rank(self) -> int:
-        """This process's place among them."""
+        """This process's place in the group."""
         return dist.get_rank(self.group)
 
+    @property
+    def index(self) -> int:
+        """This process's place among the parts, which a mesh may number in another way."""
+        return self.order[self.rank]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Which part each rank of the group has."""
+        here = self.mesh.get_coordinate()
+        assert here is not None
+        mine = tuple(slice(None) if i in self.axes else n for i, n in enumerate(here))
+        ranks = self.mesh.mesh[mine].flatten().tolist()
+        return tuple(map(ranks.index, dist.get_process_group_ranks(self.group)))
+
     def blocks(self, shape: Sequence[int]) -> Blocks:
-        """Where the parts of an array cut as the parameter lie."""
-        return _blocks(tuple(shape), self.sizes, self.cuts)
+        """Where the parts of an array cut as the parameter lie, by rank of the group."""
+        return self._ordered(_blocks(tuple(shape), self.sizes, self.cuts))
 
     def spread(self, shape: Sequence[int]) -> Blocks:
         """Where the parts of an array of another shape lie: cut along its first axis, once."""
-        return _blocks(tuple(shape), self.sizes, ((0, 0),))
+        return self._ordered(_blocks(tuple(shape), self.sizes, ((0, 0),)))
+
+    def _ordered(self, blocks: Blocks) -> Blocks:
+        return tuple(blocks[i] for i in self.order)
 
     def everywhere(self, shape: Sequence[int]) -> Blocks:
         """The blocks of an array that each rank has whole."""
@@ -89,7 +107,6 @@ def _sizes(mesh: DeviceMesh, axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(mesh.size(axis) for axis in axes)
 
 
-@lru_cache(maxsize=64)
 def _group(mesh: DeviceMesh, axes: tuple[int, ...]) -> dist.ProcessGroup:
     if len(axes) == 1:
         return mesh.get_group(axes[0])
@@ -99,8 +116,12 @@ def _group(mesh: DeviceMesh, axes: tuple[int, ...]) -> dist.ProcessGroup:
             "mesh_dim_names; rules of matrices need them to bring the shards together"
         )
     names = tuple(mesh.mesh_dim_names[axis] for axis in axes)
-    whole = mesh if len(axes) == mesh.ndim else mesh[names]
-    return whole._flatten().get_group()
+    # Kept with the mesh: a process may set up torch.distributed, and its groups, anew.
+    kept: dict[Any, dist.ProcessGroup] = vars(mesh).setdefault("_deepopt_groups", {})
+    if axes not in kept:
+        whole = mesh if len(axes) == mesh.ndim else mesh[names]
+        kept[axes] = whole._flatten().get_group()
+    return kept[axes]
 
 
 @lru_cache(maxsize=4096)

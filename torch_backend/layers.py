@@ -166,7 +166,7 @@ class Recorder:
             known.gram.mul_(before / max(known.rows, 1))
         if known.gram.numel():
             gram = known.gram.view(groups, *known.gram.shape[-2:])
-            for keys in _keys(layer, x.to(gram.dtype), rows):
+            for keys in _keys(layer, whole_tensor(x).to(gram.dtype), rows):
                 gram.baddbmm_(keys.mT, keys, alpha=1.0 / max(known.rows, 1))
 
 

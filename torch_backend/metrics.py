@@ -40,15 +40,17 @@ def metrics(optimizer: Optimizer) -> dict[str, float]:
     own = [s for g in optimizer.param_groups for p in g["params"] if (s := _state(optimizer, p))]
     if counts := [s["negatives"] for s in own if "negatives" in s]:
         numbers["negatives"] = sum(float(whole_tensor(x).sum()) for x in counts)
-    gradients = (p.grad for g in optimizer.param_groups for p in g["params"])
-    norm = Norm(None if g is None else whole_tensor(g) for g in gradients)
+    shards = optimizer.shards() if optimizer.is_on_mesh else None
+    gradients = {} if shards is None else shards.live()
+    if shards is None:
+        norm = Norm(p.grad for g in optimizer.param_groups for p in g["params"])
+    else:
+        norm = shards.norm(gradients)
     for i, group in enumerate(optimizer.param_groups):
-        if optimizer.is_on_mesh:
-            from torch_backend.distributed import whole
-
-            found = _of_group(whole(optimizer, i), 0, norm)
-        else:
+        if shards is None:
             found = _of_group(optimizer, i, norm)
+        else:
+            found = _of_group(shards.whole(i, gradients), 0, norm)
         numbers |= {f"{i}/{group['rule']}/{name}": value for name, value in found.items()}
     return numbers
 

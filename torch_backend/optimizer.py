@@ -24,6 +24,7 @@ from deepopt.rule import (
     Rule,
     checked_rule,
     hints,
+    turns,
 )
 from deepopt.rules import DESCENT, SGD, AdamW
 from torch_backend.checkpoint import SCHEMA, checked, migrated
@@ -56,7 +57,7 @@ from torch_backend.values import host, instance, made, values_of
 from torch_backend.work import Asked, Moment, Work, lay_out, say_once
 
 if TYPE_CHECKING:
-    from torch_backend.distributed import Distributed
+    from torch_backend.distributed import Distributed, Part
 
 Parameters: TypeAlias = nn.Module | Iterable[Any]
 OnNonfinite: TypeAlias = Literal["propagate", "skip", "raise"]
@@ -120,6 +121,8 @@ class Optimizer(torch.optim.Optimizer):
     capture: Capture = staticmethod(cuda)
     # The processes whose Gram matrices a step takes the mean of: by default all there are.
     gram_group: Any = None
+    # Of the optimizer of local tensors that an optimizer of DTensors has: what its groups are.
+    part_of: Part | None = None
     # Hyperparameters of the rule that were given as tensors: groups keep the tensors themselves.
     _tensors: Mapping[str, Tensor] = {}
     # Of pickles that were made before there was a choice.
@@ -442,11 +445,16 @@ class Optimizer(torch.optim.Optimizer):
             self._recorder.used()
 
     def _step_on_mesh(self) -> None:
+        self.shards().step()
+        self._recorder.used()
+
+    def shards(self) -> Distributed:
+        """What steps the parameters on device meshes."""
         from torch_backend.distributed import Distributed
 
         if self._distributed is None or not self._distributed.fits():
             self._distributed = Distributed(self)
-        self._distributed.step()
+        return self._distributed
 
     @torch.compiler.assume_constant_result
     def entered(self, places: tuple[int, ...]) -> int:
@@ -518,6 +526,16 @@ class Optimizer(torch.optim.Optimizer):
                 if own is p:
                     return i, j
         raise ValueError(f"a parameter of shape {tuple(p.shape)} is none of this optimizer's")
+
+    def turns(self, group: int) -> Sequence[int]:
+        """The turn of each parameter of a group under `stagger`."""
+        if self.part_of is not None:
+            return self.part_of.turns[group]
+        return turns([p.shape for p in self.param_groups[group]["params"]])
+
+    def stream(self, group: int) -> int:
+        """The number of a group's random numbers."""
+        return group if self.part_of is None else self.part_of.streams[group]
 
     def name_of(self, group: int, position: int) -> str:
         """What errors call a parameter."""
@@ -606,7 +624,7 @@ class Optimizer(torch.optim.Optimizer):
         how = How(bool(self.fused), self.precision, self.rounding, self.state_dtype)
         scaled = getattr(self, "grad_scale", None) is not None
         work = self._works.get((i, only))
-        asked = Asked(group, rule, gradients, scaled, how, self.state)
+        asked = Asked(group, rule, gradients, scaled, how, self.state, lambda: self.turns(i))
         if work is None or not work.fits(asked):
             work = self._works[i, only] = Work(asked, lambda j: self.name_of(i, j))
         return (work if work.params else None), work.rest
@@ -617,7 +635,7 @@ class Optimizer(torch.optim.Optimizer):
         def context(p: Tensor, name: str) -> Tensor:
             return self.context[p][name].to(p.device, arithmetic(p.dtype)).contiguous()
 
-        key, capture = (group.index, KEY), self.capture if self.capturable else None
+        key, capture = (self.stream(group.index), KEY), self.capture if self.capturable else None
         step = (group.moments, self.state, group.scalars, group.gradients)
         work.run(*step, context, key, self._buffers, capture)
 

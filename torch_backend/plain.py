@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepopt.algebra import Program
-from deepopt.rule import Rule, trace, turns
+from deepopt.rule import Rule, trace
 from torch_backend.algebra import Compiled, Torch
 from torch_backend.seen import Seen, arithmetic, places_of, remember, rounds_at_random, seen_of
 from torch_backend.stochastic import rounded
@@ -74,7 +74,7 @@ def batches(
     """
     group = optimizer.param_groups[i]
     view, maximize = group["seen_as"], group["maximize"]
-    turn = turns([p.shape for p in group["params"]]) if rule.stagger else []
+    turn = optimizer.turns(i) if rule.stagger else []
     ticking: dict[tuple[int, int], frozenset[str]] = {}
     members: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = {}
     places = places_of([seen_of(rule, p.shape, view) for p in group["params"]])
@@ -87,7 +87,7 @@ def batches(
                 f"{type(optimizer).__name__} does not support sparse gradients; "
                 f"{optimizer.name_of(i, position)} has one (use sparse=False in its embedding)"
             )
-        if write and optimizer.rounding != "nearest" and p.dtype == torch.bfloat16:
+        if write and p.numel() and optimizer.rounding != "nearest" and p.dtype == torch.bfloat16:
             raise RuntimeError(
                 f"rounding={optimizer.rounding!r} needs kernels, which cannot step "
                 f"{optimizer.name_of(i, position)}"
@@ -121,7 +121,9 @@ def batches(
             sign = -1.0 if maximize else 1.0
             factor = sign * scalars.get("inverse_scale", 1.0)
             own_params, own_places = [p for p, _ in part], [place for _, place in part]
-            found.append(Batch(*prepared[key], seen, own_params, factor, i, own_places))
+            found.append(
+                Batch(*prepared[key], seen, own_params, factor, optimizer.stream(i), own_places)
+            )
     return found
 
 

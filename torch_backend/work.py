@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 
 from deepopt.kernels.plan import Plan, plan
 from deepopt.kernels.source import Storage
-from deepopt.rule import Rule, turns
+from deepopt.rule import Rule
 from torch_backend.fused import (
     LOW_HALF,
     STORAGE,
@@ -49,6 +49,7 @@ class Asked(NamedTuple):
     scaled: bool
     how: How
     state: Mapping[Tensor, dict[str, Any]]
+    turns: Callable[[], Sequence[int]]
 
 
 class Work:
@@ -59,7 +60,7 @@ class Work:
     """
 
     def __init__(self, asked: Asked, name: Callable[[int], str]) -> None:
-        group, rule, gradients, scaled, how, state = asked
+        group, rule, gradients, scaled, how, state, turns = asked
         self.rule = rule
         self.how = how
         self.scaled = scaled
@@ -73,7 +74,7 @@ class Work:
         self.seen: list[Seen] = []
         self.gradients: list[torch.dtype] = []
         self._plans: dict[tuple[Seen, frozenset[str], frozenset[str]], Plan] = {}
-        self._turns = turns([p.shape for p in self.all])
+        self._turns = turns() if rule.stagger else ()
         self.variants: dict[Any, list[Part]] = {}
         self.graphs: dict[Part, Graph] = {}
         self.copies: dict[int, Tensor] = {}
@@ -127,7 +128,7 @@ class Work:
 
     def fits(self, asked: Asked) -> bool:
         """Whether this is still the work of a group: the same tensors at the same places."""
-        group, rule, gradients, scaled, how, state = asked
+        group, rule, gradients, scaled, how, state, _ = asked
         same = self.rule is rule and self.maximize == group["maximize"]
         same = same and self.scaled == scaled and self.how == how
         params = group["params"]
