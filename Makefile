@@ -37,7 +37,8 @@ contract: $(STAMP) ## print the contract of torch's optimizers, rule by check (d
 
 integrations: $(STAMP) ## run the tests with the loops people have, docs/integrations.md
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[integrations]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m integrations tests/integrations
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m integrations \
+		tests/integrations tests/test_optax_contract.py tests/test_jax_sharding.py
 
 lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff format --check $(CODE)

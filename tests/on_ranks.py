@@ -14,12 +14,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from deepopt import rules
+from deepopt import Rule, rules
 from examples.hope.model import Config, Hope
 from torch_backend import (
     Optimizer,
@@ -527,3 +528,111 @@ def released(rank, world, on_mesh):
     except ValueError as error:
         return str(error)
     return ""
+
+
+class PerRow(Rule):
+    """A rule of entries that computes with the shape."""
+
+    def update(self, w, g, s, t):
+        return g / float(w.shape[0]), {}
+
+
+def pairs(rank, world, rule, shapes, places, sizes=(4,), options=None, mesh=None, dtype=None):
+    """The largest difference from one device; places: of each parameter, None for no mesh."""
+    mesh = mesh_of(*sizes) if mesh is None else mesh
+    start, gradients = streams(shapes, 4, dtype or torch.float64)
+    ones = [nn.Parameter(x.clone()) for x in start]
+    lay = [(lambda x, at=at: x.clone() if at is None else cut(x, mesh, at)) for at in places]
+    many = [nn.Parameter(f(x)) for f, x in zip(lay, start, strict=True)]
+    one, two = Optimizer(ones, rule, fused=False), Optimizer(many, rule, **(options or {}))
+    for g in gradients:
+        for p, q, f, x in zip(ones, many, lay, g, strict=True):
+            p.grad, q.grad = x.clone(), f(x)
+        one.step()
+        two.step()
+    return max(apart(q, p) for p, q in zip(ones, many, strict=True))
+
+
+def permuted(rank, world, rule):
+    """A mesh that numbers its ranks in another order than their groups do."""
+    mesh = DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]]), mesh_dim_names=("a", "b"))
+    place = (Shard(0), Shard(1))
+    return pairs(rank, world, rule, [(8, 4)], [place], mesh=mesh)
+
+
+def narrow_and_empty(rank, world):
+    """bfloat16 weights of fewer rows than ranks, rounded at random, with narrow memories."""
+    options = {"rounding": "stochastic", "state_dtype": torch.bfloat16}
+    p = nn.Parameter(cut(torch.ones(2, 3, dtype=torch.bfloat16), mesh_of(4), (Shard(0),)))
+    optimizer = Optimizer([p], rules.AdamW(lr=0.1), **options)
+    for _ in range(2):
+        p.grad = cut(torch.ones(2, 3, dtype=torch.bfloat16), mesh_of(4), (Shard(0),))
+        optimizer.step()
+    return {full(x).dtype for k, x in optimizer.state[p].items() if k != "step"}, full(p).detach()
+
+
+def draws(rank, world):
+    """Whether shards round by numbers of their own, and replicas by the same ones."""
+    weight, found = torch.ones(64, 16, dtype=torch.bfloat16), []
+    for place in (Shard(0), Replicate()):
+        p = nn.Parameter(cut(weight, mesh_of(4), (place,)))
+        p.grad = cut(torch.full_like(weight, 2.0**-9), mesh_of(4), (place,))
+        Optimizer([p], rules.SGD(lr=1.0), rounding="stochastic").step()
+        found.append(local(p))
+    given = [[torch.empty_like(x) for _ in range(world)] for x in found]
+    for x, xs in zip(found, given, strict=True):
+        dist.all_gather(xs, x.detach().contiguous())
+    return [[torch.equal(xs[0], x) for x in xs[1:]] for xs in given]
+
+
+def context_on_some_ranks(rank, world):
+    """What ranks say when one of them has no context."""
+    p = nn.Parameter(cut(torch.ones(4, 4), mesh_of(4), (Shard(0),)))
+    p.grad = torch.ones_like(p)
+    optimizer = Optimizer([("v", p)], rules.DGD())
+    if rank != 2:
+        optimizer.context[p]["gram"] = torch.eye(4)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def tensor_parallel(rank, world, rule):
+    """Column- and row-wise layers, whose inputs and outputs are cut by features."""
+    found = []
+    for shards in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+        if shards:
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(model, mesh_of(4), plan)
+        optimizer = Optimizer(model, rule, precision="float32")
+        for x in torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(0)):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        found.append(weights(model))
+    return max(apart(found[1][k], x) for k, x in found[0].items())
+
+
+def regrouped(rank, world):
+    """State that is dropped, and a parameter that moves to another group."""
+    mesh, (start, gradients) = mesh_of(4), streams([(4, 4), (6, 2)], 4)
+    found = []
+    for place in (None, (Shard(0),)):
+        lay = (lambda x: cut(x, mesh, place)) if place else torch.clone  # noqa: B023
+        params = [nn.Parameter(lay(x)) for x in start]
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.01), strict=True)]
+        optimizer = Optimizer(groups, rules.AdamW(), fused=False)
+        for t, g in enumerate(gradients):
+            if t == 2:
+                optimizer.state.clear()
+                moved = optimizer.param_groups[1]["params"].pop()
+                optimizer.param_groups[0]["params"].append(moved)
+            for p, x in zip(params, g, strict=True):
+                p.grad = lay(x)
+            optimizer.step()
+        found.append([full(p).detach() for p in params])
+    return max(apart(y, x) for x, y in zip(*found, strict=True))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import CASES, TOLERANCE
 from ranks import Ranks
+from torch.distributed.tensor import Replicate, Shard
 
 from deepopt import rules
 from deepopt.around import clipped_globally
@@ -223,3 +224,44 @@ def test_gradients_of_several_processes_are_not_released(two):
         assert "by 2 processes" in message
     for message in two.run(on_ranks.released, True):
         assert "DTensors" in message
+
+
+def test_rules_that_compute_with_the_shape(four):
+    cut = [(Shard(0),)]
+    assert max(four.run(on_ranks.pairs, on_ranks.PerRow(lr=0.1), [(8, 4)], cut)) < DOUBLE
+
+
+def test_turns_go_by_all_parameters(four):
+    rule, shapes = rules.M3(lr=0.05, period=3, stagger=True), [(4, 4), (8, 8), (6, 6)]
+    for mixed in ([None, (Shard(0),), (Replicate(),)], [(Shard(0),), None, (Shard(1),)]):
+        assert max(four.run(on_ranks.pairs, rule, shapes, mixed)) < DOUBLE
+
+
+def test_a_mesh_may_number_its_ranks_in_any_order(four):
+    for rule in (rules.Muon(lr=0.05), rules.Shampoo(lr=0.05, period=1)):
+        assert max(four.run(on_ranks.permuted, rule)) < DOUBLE
+
+
+def test_narrow_weights_of_fewer_rows_than_ranks(four):
+    for dtypes, p in four.run(on_ranks.narrow_and_empty):
+        assert dtypes == {torch.bfloat16} and (p < 1).all()
+
+
+def test_shards_draw_numbers_of_their_own_and_replicas_the_same(four):
+    for own, same in four.run(on_ranks.draws):
+        assert not any(own) and all(same)
+
+
+def test_what_one_rank_lacks_is_said_by_all(four):
+    messages = four.run(on_ranks.context_on_some_ranks)
+    assert "needs the gram of v" in messages[2]
+    assert all("another rank cannot step v" in x for i, x in enumerate(messages) if i != 2)
+
+
+def test_tensor_parallel_layers(four):
+    for rule in (rules.M3(lr=0.02, period=2), rules.DGD(lr=0.1)):
+        assert max(four.run(on_ranks.tensor_parallel, rule)) < SINGLE
+
+
+def test_state_that_is_dropped_and_groups_that_change(four):
+    assert max(four.run(on_ranks.regrouped)) < DOUBLE

@@ -252,7 +252,9 @@ class _Use(torch.autograd.Function):
             return grad, None, None, None, None
         backward = torch._C._current_graph_task_id() if ctx.outer < 0 else ctx.outer
         with torch.no_grad():
-            rows = grad.numel() // max(1, len(weight))
+            # Of outputs that are cut by features, as tensor parallelism does, there are fewer.
+            outputs = grad.shape[-1] if isinstance(ctx.layer, nn.Linear) else len(weight)
+            rows = grad.numel() // max(1, outputs)
             ctx.recorder.add(ctx.layer, ctx.mine, x, rows, backward)
         return grad, None, None, None, None
 
