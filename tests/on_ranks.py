@@ -1,5 +1,6 @@
 """What the ranks of a world do in the tests of torch_backend.distributed."""
 
+import copy
 import warnings
 
 import torch
@@ -636,3 +637,32 @@ def regrouped(rank, world):
             optimizer.step()
         found.append([full(p).detach() for p in params])
     return max(apart(y, x) for x, y in zip(*found, strict=True))
+
+
+def resumed(rank, world, rule, options):
+    """How many entries differ between a run over shards and one that stops and goes on."""
+    mesh, dtype = mesh_of(4), torch.bfloat16 if "rounding" in options else torch.float32
+    shapes, found = [(7, 5), (4, 6)], []
+    start, gradients = streams(shapes, 6, dtype)
+    given = [contexts(rule, s, 6) for s in shapes]
+    for stops in (False, True):
+        params = [nn.Parameter(cut(x, mesh, (Shard(0),))) for x in start]
+        optimizer = Optimizer(params, rule, **options)
+        for t, g in enumerate(gradients):
+            if stops and t == 3:
+                checkpoint = copy.deepcopy(optimizer.state_dict())
+                params = [nn.Parameter(p.detach().clone()) for p in params]
+                optimizer = Optimizer(params, rule, **options)
+                optimizer.load_state_dict(checkpoint)
+            for p, x, c in zip(params, g, given, strict=True):
+                p.grad = cut(x, mesh, (Shard(0),))
+                for name, value in c[t].items():
+                    optimizer.context[p][name] = torch.from_numpy(value)
+            optimizer.step()
+        state = [local(x) for p in params for x in optimizer.state[p].values()]
+        found.append([*map(local, params), *state])
+    return sum(int((x != y).sum()) for x, y in zip(*found, strict=True))
+
+
+def every_resumed(rank, world, jobs):
+    return [resumed(rank, world, *job) for job in jobs]

@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 # Long enough for a machine under load, short enough that a deadlock is seen.
-LIMIT = 50
+LIMIT = 120
 
 
 def _serve(rank, world, store, pipe):

@@ -200,6 +200,14 @@ def test_a_sharded_run_resumes_bit_by_bit(four, tmp_path):
                 assert all(torch.equal(state[name][k], x) for k, x in own.items())
 
 
+def test_every_rule_resumes_over_shards_bit_by_bit(four):
+    narrow, drawn = {"state_dtype": torch.bfloat16}, {"rounding": "stochastic"}
+    jobs = [(rule, {} if i % 2 else narrow) for i, rule in enumerate(FIRST)]
+    jobs += [(rules.M3(period=2, stagger=True), {}), (rules.AdamW(), drawn | narrow)]
+    for job, *differing in zip(jobs, *four.run(on_ranks.every_resumed, jobs), strict=True):
+        assert not any(differing), job
+
+
 def test_state_leaves_a_mesh_by_name_and_comes_back(four, tmp_path):
     rule = rules.Shampoo(lr=0.1, period=2)
     assert all(four.run(on_ranks.exported, rule, str(tmp_path / "state.safetensors")))
