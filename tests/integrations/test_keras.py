@@ -19,7 +19,7 @@ def make() -> keras.Model:
     layers = [
         keras.layers.Embedding(32, 16, name="tokens"),
         keras.layers.Dense(16, activation="relu", name="hidden"),
-        keras.layers.LayerNormalization(),
+        keras.layers.LayerNormalization(name="norm"),
         keras.layers.Dense(32, name="head"),
     ]
     model = keras.Sequential(layers, name="model")
