@@ -15,7 +15,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from examples.hope.model import Config, Hope
+from examples.hope.config import Config
+from examples.hope.model import Hope
 from torch_backend import M3, Optimizer
 
 BATCH, LENGTH = 4, 128
@@ -43,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    models = {v: Hope(Config(width=128, layers=4, variant=v)) for v in VARIANTS}
+    models = {v: Hope(Config(width=128, layers=4, mixer=v)) for v in VARIANTS}
     optimizers = {v: M3(model) for v, model in models.items()}
     times: dict[str, list[float]] = {v: [] for v in VARIANTS}
     for v in VARIANTS:

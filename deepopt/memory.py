@@ -244,8 +244,10 @@ def write(
         case "prox":
             new = [_proximal(objective, retention, rate)]
         case "sequential":
-            paths = _paths(objective, retention, rate, delta, normalize)
-            new = [path.end for path in paths.values()]
+            walked = walk(
+                objective, retention=retention, rate=rate, delta=delta, normalize=normalize
+            )
+            new = list(walked.memory.parameters)
         case "explicit":
             loss = objective.loss
             for layer in objective.layers if delta else ():
@@ -318,45 +320,145 @@ def _proximal(objective: Objective[M], retention: Expr, rate: Expr) -> Expr:
 
 
 @dataclass(frozen=True)
+class _Products:
+    """Products of a column of numbers in (0, 1] over stretches of rows."""
+
+    logs: Expr
+    until: Expr  # logarithms of the products of rows 1 to t
+
+    @classmethod
+    def of(cls, column: Expr) -> _Products:
+        logs = log(maximum(column, SMALLEST))
+        return cls(logs, array("lower", (column.shape[0],) * 2) @ logs)
+
+    @property
+    def before(self) -> Expr:
+        return exp(self.until - self.logs)
+
+    @property
+    def through(self) -> Expr:
+        return exp(self.until)
+
+    @property
+    def total(self) -> Expr:
+        return exp(sum_(self.logs))
+
+    @property
+    def after(self) -> Expr:
+        return exp(sum_(self.logs) - self.until)
+
+    def between(self, *, inclusive: bool) -> Expr:
+        """Entry (t, s) for s < t: over the rows s < j < t, or s < j ≤ t, where (t, t) is 1."""
+        end = self.until if inclusive else self.until - self.logs
+        # Above the diagonal the exponent is positive and the mask is zero.
+        mask = array("lower" if inclusive else "strictly_lower", (end.shape[0],) * 2)
+        return exp(minimum(end - self.until.mT, 0.0)) * mask
+
+
+@dataclass(frozen=True)
 class _Path:
-    """A weight W along a sequential write: kept_t W - Σ_{s<t} push_ts x_sᵀ u_s before row t."""
+    """A weight along a sequential write of n rows x.
+
+    At row t it is Σ share_t matrix over `starts` minus Σ_s push_ts x_sᵀ u_s over `pushes`. Of the
+    three coefficients each has, one is for before row t is written, one for after, one for the end.
+    """
 
     inputs: Expr
-    kept: Expr
-    push: Expr
-    errors: Expr
-    end: Expr
+    starts: list[tuple[tuple[Expr, ...], Expr]]  # [n, 1], [n, 1], [1, 1]; [in, out]
+    pushes: list[tuple[tuple[Expr, ...], Expr]]  # [n, n], [n, n], [n, 1]; u [n, out]
+
+    def answer(self, x: Expr, after: bool = False) -> Expr:
+        """Row t of x through the weight as it is before, or after, row t is written."""
+        overlap = x @ self.inputs.mT
+        parts = [share[after] * (x @ matrix) for share, matrix in self.starts]
+        parts += [-((push[after] * overlap) @ u) for push, u in self.pushes]
+        return sum(parts[1:], parts[0])
+
+    def end(self) -> Expr:
+        parts = [share[2] * matrix for share, matrix in self.starts]
+        parts += [-((push[2] * self.inputs).mT @ u) for push, u in self.pushes]
+        return sum(parts[1:], parts[0])
 
 
-def _paths(
-    objective: Objective[M], retention: Expr, rate: Expr, delta: bool, normalize: bool
-) -> dict[Expr, _Path]:
-    """W_t = α_t W_{t-1} - η_t x_tᵀ u_t with u_t = x_t W_{t-1} + δ_t for all rows x_t at once.
+@dataclass(frozen=True)
+class Walk(Generic[M]):
+    """A sequential write, seen whole: the memory and its velocities at the end, and on the way.
 
-    By weight. With kept_t = ∏_{j<t} α_j and push_ts = η_s ∏_{s<j<t} α_j the u_t solve one unit
-    lower triangular system; without delta u_t = δ_t. Nothing is divided by a product of α.
+    velocity: one per parameter, empty without momentum.
     """
+
+    memory: M
+    velocity: tuple[Expr, ...]
+    start: M
+    paths: dict[Expr, _Path]
+
+    def read(self, queries: Expr, *, after: bool = False) -> Expr:
+        """Row t: the answer to query t when only the rows s < t, or s ≤ t, have been written."""
+        return self.start.read(queries, lambda x, weight: self.paths[weight].answer(x, after))[0]
+
+
+def walk(
+    objective: Objective[M],
+    *,
+    retention: Number = 1.0,
+    rate: Number = 1.0,
+    delta: bool = False,
+    normalize: bool = False,
+    begin: Sequence[Expr] | None = None,
+    momentum: Number | None = None,
+    velocity: Sequence[Expr] | None = None,
+) -> Walk[M]:
+    """The sequential `write`: one step per row, W_t = α_t W_{t-1} - η_t x_tᵀ (x_t W_{t-1} + δ_t).
+
+    All at once: the u_t = x_t W_{t-1} + δ_t solve one unit lower triangular system. Without delta
+    u_t = δ_t. Nothing is divided by a product of α. The arguments of `write`, and
+
+    begin: the parameters before the first row when these rows continue a chunk, whose start is the
+        objective's memory: there all gradients are taken.
+    momentum θ: share of the velocity kept per row, a number or a column in [1e-30, 1]: the
+        gradients go through S_t = θ_t S_{t-1} - η_t x_tᵀ δ_t and W_t gains S_t (Titans). The delta
+        term stays outside of it (ours).
+    velocity: S before the first row, one per parameter; zero by default.
+    """
+    if velocity is not None and momentum is None:
+        raise ValueError("velocity without momentum: nothing says how much of it is kept")
+    old = objective.memory.parameters
+    weights = dict(zip(old, old if begin is None else begin, strict=True))
+    speeds = {} if velocity is None else dict(zip(old, velocity, strict=True))
     n = objective.layers[0].inputs.shape[0]
-    ones = array("full", (n, 1))
-    logs = log(maximum(retention * ones, SMALLEST))
-    until = array("lower", (n, n)) @ logs
-    kept, total = exp(until - logs), sum_(logs)
-    # Above the diagonal the exponent is positive and the mask is zero.
-    between = exp(minimum(until - logs - until.mT, 0.0)) * array("strictly_lower", (n, n))
+    ones, eye = array("full", (n, 1)), array("eye", (n, n))
+    kept = _Products.of(as_expr(retention) * ones)
+    between = kept.between(inclusive=False), kept.between(inclusive=True)
+    flow = None if momentum is None else _Products.of(as_expr(momentum) * ones)
     paths: dict[Expr, _Path] = {}
+    velocities: list[Expr] = []
     for layer in objective.layers:
-        x = layer.inputs
+        x, weight = layer.inputs, layer.weight
         (errors,) = grad(objective.loss, [layer.product])
-        eta = rate * ones
+        eta = as_expr(rate) * ones
         if normalize:
             eta = eta / (1.0 + eta * sum_(x * x, (-1,)))
-        push = between * eta.mT
+        shares = kept.before, kept.through, kept.total
+        path = paths[weight] = _Path(x, [(shares, weights[weight])], [])
+        if flow is not None:
+            # W_t holds every S_s before it, S_s every gradient before it.
+            run, since, speed = flow.between(inclusive=True), flow.through, speeds.get(weight)
+            surge = [(b @ run) * eta.mT for b in between]
+            path.pushes.append(((*surge, (run.mT @ kept.after) * eta), errors))
+            new = -((flow.after * eta * x).mT @ errors)
+            if speed is not None:
+                carried = [b @ since for b in between]
+                path.starts.append(((*carried, kept.after.mT @ since), speed))
+                new = flow.total * speed + new
+            velocities.append(new)
+        push = [b * eta.mT for b in between]
         if delta:
-            overlap = array("eye", (n, n)) + push * (x @ x.mT)
-            errors = solve(overlap, kept * layer.product + errors, lower=True)
-        end = exp(total) * layer.weight - (exp(total - until) * eta * x).mT @ errors
-        paths[layer.weight] = _Path(x, kept, push, errors, end)
-    return paths
+            found = path.answer(x) + errors if flow is None else path.answer(x)
+            errors = solve(eye + push[0] * (x @ x.mT), found, lower=True)
+        if delta or flow is None:
+            path.pushes.append(((*push, kept.after * eta), errors))
+    memory = objective.memory.rebuilt([path.end() for path in paths.values()])
+    return Walk(memory, tuple(velocities), objective.memory, paths)
 
 
 def read_along(
@@ -372,13 +474,8 @@ def read_along(
 
     The arguments are those of the sequential `write`, and the work is shared with it.
     """
-    paths = _paths(objective, as_expr(retention), as_expr(rate), delta, normalize)
-
-    def product(x: Expr, weight: Expr) -> Expr:
-        path = paths[weight]
-        return path.kept * (x @ weight) - (path.push * (x @ path.inputs.mT)) @ path.errors
-
-    return objective.memory.read(queries, product)[0]
+    walked = walk(objective, retention=retention, rate=rate, delta=delta, normalize=normalize)
+    return walked.read(queries)
 
 
 def _record(

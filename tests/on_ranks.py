@@ -22,7 +22,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from deepopt import Rule, rules
-from examples.hope.model import Config, Hope
+from examples.hope.config import Config
+from examples.hope.model import Hope
 from torch_backend import (
     Optimizer,
     distributed,

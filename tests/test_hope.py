@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,10 @@ from torch import Tensor
 from deepopt import Oracle, rules
 from deepopt.memory import Linear, dot, l2, read_along, write
 from examples.hope import data, report, train
-from examples.hope.model import Config, Hope, SelfModifyingTitans, State, unit, write_chunk
+from examples.hope.config import Config
+from examples.hope.inner import Gates, InnerRule, unit
+from examples.hope.mixers import SelfModifyingTitans
+from examples.hope.model import Hope
 from torch_backend import Optimizer
 from torch_backend.algebra import lift
 
@@ -45,7 +48,7 @@ def tokens(batch: int, length: int) -> Tensor:
 
 @pytest.mark.parametrize("variant", ["titans", "attention"])
 def test_an_untrained_model_is_as_good_as_guessing(variant: str) -> None:
-    model = Hope(replace(train.MODEL, variant=variant))
+    model = Hope(replace(train.MODEL, mixer=variant))
     loss = train.cost(model, tokens(4, 65)).item()
     assert abs(loss - math.log(256)) < 0.2
 
@@ -56,7 +59,7 @@ def test_an_untrained_model_is_as_good_as_guessing(variant: str) -> None:
     [
         TINY,
         replace(TINY, slow_chunk=20),  # the generators never change: only M_memory carries
-        replace(TINY, variant="attention"),
+        replace(TINY, mixer="attention"),
     ],
 )
 def test_the_past_reaches_the_end_and_the_future_nothing(config: Config, position: int) -> None:
@@ -74,7 +77,7 @@ def test_every_initial_memory_gets_an_outer_gradient() -> None:
     model = Hope(TINY)
     train.cost(model, tokens(2, 17)).backward()
     mixer = model.blocks[0].mixer
-    for parameter in (mixer.first, mixer.second):
+    for parameter in mixer.initial:
         norms = parameter.grad.norm(dim=(-2, -1))  # [heads, memories]
         assert norms.shape == (2, 5)
         assert norms.min() > 1e-8
@@ -87,14 +90,14 @@ def test_outer_gradients_cross_the_inner_writes() -> None:
     parameters = list(mixer.parameters())
     x, weights = torch.randn(2, 1, 19, 16, dtype=torch.float64)
     directions = [torch.randn_like(p) for p in parameters]
-    (weights.view(1, 19, 2, 8) * mixer(x)).sum().backward()
+    (weights.view(1, 19, 2, 8) * mixer(x)[0]).sum().backward()
     slope = sum((p.grad * v).sum() for p, v in zip(parameters, directions, strict=True))
 
     @torch.no_grad()
     def moved(size: float) -> Tensor:
         for p, v in zip(parameters, directions, strict=True):
             p += size * v
-        return (weights.view(1, 19, 2, 8) * mixer(x)).sum()
+        return (weights.view(1, 19, 2, 8) * mixer(x)[0]).sum()
 
     rise = moved(1e-6) - moved(-2e-6)
     torch.testing.assert_close(slope, rise / 2e-6, rtol=1e-5, atol=0.0)
@@ -102,13 +105,14 @@ def test_outer_gradients_cross_the_inner_writes() -> None:
 
 def test_rates_and_retentions_keep_their_ranges() -> None:
     mixer = SelfModifyingTitans(TINY)
-    state = State(mixer.first[None, :, :-1], mixer.second[None, :, :-1])
+    _, generators = mixer.begin(1)
     for size in (1.0, 1e4):
         for parameter in (mixer.rate, mixer.retention):
             parameter.data.normal_().mul_(size)
-        keys, values, retention, rate = mixer.generate(state, torch.randn(1, 2, 4, 50, 8))
-        for rows in (keys, values):
-            torch.testing.assert_close(rows.norm(dim=-1), torch.ones(1, 2, 50))
+        rows = unit(torch.randn(4, 1, 2, 50, 8))
+        *rows, (retention, rate, _) = mixer.generate(generators.start, rows)
+        for found in rows:
+            torch.testing.assert_close(found.norm(dim=-1), torch.ones(1, 2, 50))
         assert ((rate >= 0) & (rate <= 1)).all()
         assert ((retention >= 0.9 - 1e-6) & (retention <= 1)).all()
         assert rate.amax() > rate.amin() and retention.amax() > retention.amin()
@@ -121,7 +125,7 @@ def test_no_memory_makes_the_outputs_infinite(scale: float) -> None:
         for parameter in mixer.parameters():
             parameter.mul_(scale)
     norms: list[Tensor] = []
-    answers = mixer(torch.randn(2, 128, 16).requires_grad_(), norms)
+    answers, _ = mixer(torch.randn(2, 128, 16).requires_grad_(), report=norms)
     answers.square().mean().backward()
     assert answers.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
@@ -139,13 +143,16 @@ def normalized(x: Tensor) -> Tensor:
 def plain(mixer: SelfModifyingTitans, x: Tensor) -> Tensor:
     """Paper Eq. 83 to 88, a token at a time, for x [T, width]; columns, as printed."""
     length = x.shape[0]
-    heads, count, d, _ = mixer.first.shape
+    first, second = mixer.initial
+    heads, count, d, _ = first.shape
     taps = mixer.convolution.taps.view(4, 4, heads, d)
-    streams = torch.stack([x @ mixer.query.weight.T, x, x, x], 1).view(length, 4, heads, d)
+    streams = torch.stack([x @ mixer.project["query"].weight.T, x, x, x], 1).view(
+        length, 4, heads, d
+    )
     outputs = torch.zeros(length, heads, d, dtype=x.dtype)
     for h in range(heads):
-        lower = [mixer.first[h, i].T for i in range(count)]  # [hidden, d]
-        upper = [mixer.second[h, i].T for i in range(count)]  # [d, hidden]
+        lower = [first[h, i].T for i in range(count)]  # [hidden, d]
+        upper = [second[h, i].T for i in range(count)]  # [d, hidden]
 
         def ask(i: int, row: Tensor, lower: list = lower, upper: list = upper) -> Tensor:
             return row + upper[i] @ torch.tanh(lower[i] @ row)
@@ -176,7 +183,7 @@ def plain(mixer: SelfModifyingTitans, x: Tensor) -> Tensor:
 def test_chunks_of_one_are_the_plain_recurrence() -> None:
     mixer = SelfModifyingTitans(replace(TINY, chunk=1, slow_chunk=1)).double()
     x = torch.randn(1, 9, 16, dtype=torch.float64)
-    torch.testing.assert_close(mixer(x)[0], plain(mixer, x[0]), **EXACT)
+    torch.testing.assert_close(mixer(x)[0][0], plain(mixer, x[0]), **EXACT)
 
 
 def test_a_chunk_is_the_unrolled_product() -> None:
@@ -186,7 +193,8 @@ def test_a_chunk_is_the_unrolled_product() -> None:
     first, second = torch.randn(d, hidden, **f64), torch.randn(hidden, d, **f64)
     keys, values = unit(torch.randn(n, d, **f64)), torch.randn(n, d, **f64)
     alpha, eta = 0.9 + 0.1 * torch.rand(n, 1, **f64), torch.rand(n, 1, **f64)
-    *new, answers = write_chunk(first, second, keys, values, alpha, eta, keys)
+    memories = InnerRule().begin((first, second))
+    (_, new, _), answers = InnerRule().write(memories, keys, values, Gates(alpha, eta), keys)
 
     z = torch.tanh(keys @ first)
     error = keys + z @ second - values
@@ -210,7 +218,7 @@ def test_a_chunk_is_the_unrolled_product() -> None:
 def test_a_query_sees_writes_before_it_and_none_after() -> None:
     """Oracle 40 with chunks of 4: the pair at position 7 changes the answers from position 8 on."""
     f64 = {"dtype": torch.float64}
-    start = State(torch.randn(4, 6, **f64), torch.randn(6, 4, **f64))
+    start = InnerRule().begin((torch.randn(4, 6, **f64), torch.randn(6, 4, **f64)))
     keys, queries = unit(torch.randn(2, 12, 4, **f64))
     values = unit(torch.randn(12, 4, **f64))
     rates = torch.full((4, 1), 0.95, **f64), torch.full((4, 1), 0.5, **f64)
@@ -219,8 +227,9 @@ def test_a_query_sees_writes_before_it_and_none_after() -> None:
         state, found = start, []
         for i in range(0, 12, 4):
             now = slice(i, i + 4)
-            *new, answer = write_chunk(*state, keys[now], values[now], *rates, queries[now])
-            state = State(*new)
+            pairs = keys[now], values[now]
+            state, answer = InnerRule().write(state, *pairs, Gates(*rates), queries[now])
+            state = state.next_chunk()
             found.append(answer)
         return torch.cat(found)
 
@@ -495,7 +504,7 @@ def test_bad_sizes_are_explained() -> None:
     for wrong, message in (
         ({"heads": 3}, "width 16 is no multiple of heads 3"),
         ({"slow_chunk": 6}, "slow_chunk 6 is no multiple of chunk 4"),
-        ({"variant": "lstm"}, "variant 'lstm'"),
+        ({"mixer": "lstm"}, "mixer 'lstm'"),
     ):
         with pytest.raises(ValueError, match=message):
-            Config(**{**asdict(TINY), **wrong})
+            replace(TINY, **wrong)

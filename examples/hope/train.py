@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,7 +22,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from deepopt import replacing, rules
 from examples.hope import data, ngram, report
-from examples.hope.model import Config, Hope
+from examples.hope.config import Config
+from examples.hope.model import Hope
 from torch_backend import Optimizer
 
 LEARNING_RATES = {"m3": 2e-2, "muon": 2e-2, "adamw": 1e-2}
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_of(args)
         torch.set_num_threads(args.threads)
         corpus = data.load(args.data, settings.length)
-        out = args.out or Path("runs/hope") / f"{settings.model.variant}-{settings.optimizer}"
+        out = args.out or Path("runs/hope") / f"{args.variant}-{settings.optimizer}"
         if not (args.resume or args.restart):
             refuse_to_lose(out / "checkpoint.pt")
         result = train(settings, corpus, out, resume=args.resume)
@@ -100,7 +101,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if args.threads < 1:
         raise ValueError(f"--threads {args.threads}: at least 1")
     common = {"optimizer": args.optimizer, "seed": args.seed, "lr": LEARNING_RATES[args.optimizer]}
-    model = Config(**{**asdict(size), "variant": args.variant})
+    model = replace(size, mixer=args.variant)
     return Settings(model=model, **{**common, **quick, **given})
 
 
@@ -125,7 +126,7 @@ def train(
         about = {"optimizer": settings.optimizer, "lr": settings.lr, "params": count}
         log.write({**corpus.record(), **about, "torch": torch.__version__})
     print(f"{corpus.description}: {corpus.size:,} bytes, some held out, seed {settings.seed}")
-    print(f"Hope ({settings.model.variant}), {count / 1e6:.2f} M parameters, {settings.optimizer}")
+    print(f"Hope ({settings.model.mixer}), {count / 1e6:.2f} M parameters, {settings.optimizer}")
 
     progress = report.Progress(settings.steps, settings.batch * settings.length, start=step)
     every = max(1, settings.steps // settings.evaluations)
