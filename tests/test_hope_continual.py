@@ -124,6 +124,7 @@ def test_a_level_moves_at_multiples_of_its_period_only(cms: str, rule: Rule) -> 
     memory = mine.model.continuum()[0]
     for read in range(10, 101, 10):
         before = [[p.detach().clone() for p in ps] for _, ps in mine.model.cms_levels()]
+        begun = [start.up.weight.detach().clone() for start in memory.starts]
         mine.learn(text(10))
         for period, ps, old in zip((20, 40, 80), mine.model.cms_levels(), before, strict=True):
             changed = [not torch.equal(p, q) for p, q in zip(ps[1], old, strict=True)]
@@ -133,6 +134,7 @@ def test_a_level_moves_at_multiples_of_its_period_only(cms: str, rule: Rule) -> 
             period, slower = (20, 40, 80)[i : i + 2]
             again = same(memory.levels[i].state_dict(), start.state_dict())
             assert again == (read % slower < period)
+            assert torch.equal(start.up.weight, begun[i]) == (read % slower != 0)
 
 
 def test_periods_are_those_of_the_model_in_segments() -> None:
@@ -205,6 +207,7 @@ def test_a_learner_goes_on_with_what_it_read() -> None:
 
 def test_bytes_are_drawn_as_from_the_whole_text() -> None:
     model = Hope(TINY).double()
+    model.head.weight.data *= 30  # so that the temperature counts
     generator, found = torch.Generator().manual_seed(7), list(b"begin")
     with torch.no_grad():
         for _ in range(20):
