@@ -1,7 +1,7 @@
 """Sizes and switches of a model."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from examples.hope.inner import InnerRule
 
@@ -73,3 +73,17 @@ class Config:
             raise ValueError(f"periods {self.periods}: one step or more for each of the levels")
         if sorted(self.periods) != list(self.periods):
             raise ValueError(f"periods {self.periods}: the highest frequency comes first (Fig. 5)")
+
+
+def config_from(values: dict[str, Any]) -> Config:
+    """The configuration that `dataclasses.asdict` made `values` of, as checkpoints hold it.
+
+    What `values` lack is as by default. Raises ValueError on a name that a configuration has not.
+    """
+    inner = values.get("inner", {})
+    unknown = sorted({*values} - {x.name for x in fields(Config)})
+    unknown += [f"inner.{name}" for name in sorted({*inner} - {x.name for x in fields(InnerRule)})]
+    if unknown:
+        raise ValueError(f"a configuration has no {', '.join(unknown)}: written by another version")
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}  # of JSON
+    return Config(**{**values, **lists, "inner": InnerRule(**inner)})

@@ -142,7 +142,7 @@ def plot(jsonl_path: str | Path, png_path: str | Path, baselines: dict[str, floa
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), color=TRAIN, linewidth=1.8, label="training, smoothed")
+        axes.plot(steps, smooth(losses), color=TRAIN, linewidth=1.8, label="training, smoothed")
     if valid:
         label = f"validation, last {valid[-1][1]:.3f}"
         style = {"marker": "o", "markersize": 5, "markeredgecolor": "white", "zorder": 3}
@@ -194,7 +194,7 @@ def _points(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
     return [(row["step"], row[key]) for row in rows if "step" in row and row.get(key) is not None]
 
 
-def _smooth(values: tuple[float, ...]) -> list[float]:
+def smooth(values: tuple[float, ...]) -> list[float]:
     """Means of about 1/50 of the curve, centred, and narrower towards both ends."""
     smooth = []
     for i in range(len(values)):

@@ -166,7 +166,7 @@ def train(
     }
     if start < step:
         log.write({"step": step, "valid": result["hope"], "ngram": result["ngram"]})
-    sample = generate(model, PROMPT, 200, settings.length, settings.seed)
+    sample = generate(model, PROMPT, 200, settings.seed)
     print(
         f"\nheld-out bits per byte, the same {held_out.shape[0] * settings.batch} windows for both"
     )
@@ -229,15 +229,24 @@ def inner_gradient(model: Hope, crops: Tensor) -> float:
 
 
 @torch.no_grad()
-def generate(model: Hope, prompt: bytes, count: int, context: int, seed: int) -> bytes:
-    """`count` bytes drawn after `prompt`, each from the last `context` ones, at temperature 0.8."""
+def generate(
+    model: Hope, prompt: bytes, count: int, seed: int, state: list[Any] | None = None
+) -> bytes:
+    """`count` bytes drawn after `prompt` at temperature 0.8.
+
+    state: what the model carries from the text before the prompt; it is left as it was. Each byte
+    costs the same, and memory is that of the state, which grows with the text in attention only.
+    """
+    if not prompt:
+        raise ValueError("prompt b'': at least one byte, such as the end of a line, to go on from")
     generator = torch.Generator().manual_seed(seed)
-    text = list(prompt)
+    device, tokens, drawn = model.head.weight.device, torch.tensor([list(prompt)]), bytearray()
     for _ in range(count):
-        logits = model(torch.tensor([text[-context:]]))[0, -1]
-        probabilities = torch.softmax(logits / 0.8, -1)
-        text.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-    return bytes(text[len(prompt) :])
+        logits, state = model.stream(tokens.to(device), state)
+        probabilities = torch.softmax(logits[0, -1].float().cpu() / 0.8, -1)
+        tokens = torch.multinomial(probabilities, 1, generator=generator).view(1, 1)
+        drawn.append(int(tokens))
+    return bytes(drawn)
 
 
 def indented(text: bytes) -> str:
