@@ -33,12 +33,22 @@ class SwiGLU(nn.Module):
 def rotate(x: Tensor, position: int) -> Tensor:
     """Rotary positions (RoPE) of rows [..., T, d], the first of them at `position`."""
     half = x.shape[-1] // 2
-    steps = torch.arange(position, position + x.shape[-2], device=x.device, dtype=torch.float32)
-    rates = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = steps[:, None] * rates
+    # Narrow types cannot count positions.
+    kind = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
+    rates = 10_000.0 ** (-torch.arange(half, **kind) / half)
+    angles = torch.arange(position, position + x.shape[-2], **kind)[:, None] * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half : 2 * half]
+    a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+def refuse_odd(config: Config) -> None:
+    """Raise ValueError where `rotate` would find a channel without a partner."""
+    if config.width // config.heads % 2:
+        raise ValueError(
+            f"width {config.width} over {config.heads} heads: rotary positions need an even "
+            "number of channels per head"
+        )
 
 
 class RotaryAttention(nn.Module):
@@ -48,11 +58,7 @@ class RotaryAttention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.width // config.heads % 2:
-            raise ValueError(
-                f"width {config.width} over {config.heads} heads: rotary positions need an even "
-                "number of channels per head"
-            )
+        refuse_odd(config)
         self.heads = config.heads
         self.project = nn.Linear(config.width, 3 * config.width, bias=False)
 
@@ -140,6 +146,7 @@ class Segments(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        refuse_odd(config)
         d, heads, hidden = config.width // config.heads, config.heads, config.memory_width
         self.heads, self.size, self.rule = (
             heads,
