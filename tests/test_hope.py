@@ -298,6 +298,22 @@ def test_a_short_run_learns(corpus: data.Corpus, tmp_path: Path) -> None:
     assert sum(rows[-3:]) / 3 < rows[0] - 0.8
 
 
+def test_nested_levels_begin_again_during_training(corpus: data.Corpus, tmp_path: Path) -> None:
+    """At step 2 the first level begins again from a start that has learnt, the second does not."""
+    settings = replace(SETTINGS, model=replace(TINY, cms="nested", periods=(1, 2, 4)), steps=2)
+    train.train(settings, corpus, tmp_path)
+    trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    torch.manual_seed(settings.seed)
+    before = Hope(settings.model).state_dict()
+    weight = "blocks.0.feed_forward.{}.up.weight"
+    level, start = (trained[weight.format(x)] for x in ("levels.0", "starts.0"))
+    assert torch.equal(level, start)
+    assert not torch.equal(start, before[weight.format("starts.0")])
+    second, of_third = (trained[weight.format(x)] for x in ("levels.1", "starts.1"))
+    assert not torch.equal(second, of_third)
+    assert torch.equal(of_third, before[weight.format("starts.1")])
+
+
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Press Ctrl-C while `step` is being taken."""
     original = report.Progress.update
