@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from deepopt import rules
 from examples.hope import models
-from examples.hope.baselines import SwiGLU, rotate
+from examples.hope.baselines import GatedDelta, RotaryAttention, Segments, SwiGLU, rotate
 from examples.hope.cms import ContinuumMemory, Level, stacked
 from examples.hope.config import Config
 from examples.hope.inner import Gates, InnerRule
+from examples.hope.mixers import Attention, SelfModifyingTitans
 from examples.hope.model import MIXERS, LanguageModel
 from torch_backend import Optimizer
 
@@ -93,7 +94,7 @@ def tokens(batch: int, length: int) -> Tensor:
 @pytest.mark.parametrize("name", SWITCHES)
 def test_self_modifying_titans_are_the_recurrence(name: str, sizes: tuple[int, int]) -> None:
     config = replace(switched(*SWITCHES[name]), chunk=sizes[0], slow_chunk=sizes[1])
-    mixer = perturbed(MIXERS["titans"](config))
+    mixer = perturbed(SelfModifyingTitans(config))
     x = torch.randn(2, LENGTH, 8, **F64)
     answers, _ = mixer(x)
     for i in range(2):
@@ -123,7 +124,7 @@ CONFIGS = st.builds(
 @given(CONFIGS, st.integers(0, 1000))
 def test_any_switches_together_are_the_recurrence(config: Config, seed: int) -> None:
     torch.manual_seed(seed)
-    mixer = perturbed(MIXERS["titans"](config))
+    mixer = perturbed(SelfModifyingTitans(config))
     x = torch.randn(1, 8, 8, **F64)
     agree(mixer(x)[0][0], hope.titans(arrays(mixer), x[0].numpy(), config))
 
@@ -475,12 +476,23 @@ def test_models_have_as_many_parameters_as_hope(config: Config, name: str) -> No
     assert abs(models.count(models.configured(name, config)) / hope - 1) < 0.01
 
 
+PARTS = {
+    "hope": (SelfModifyingTitans, ContinuumMemory),
+    "hope-attention": (Attention, ContinuumMemory),
+    "transformer": (RotaryAttention, SwiGLU),
+    "delta": (GatedDelta, SwiGLU),
+    "titans": (Segments, SwiGLU),
+}
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_a_model_is_built_by_name(name: str) -> None:
     model = models.build(name, replace(TINY, outputs=5))
     assert model(tokens(2, 3)).shape == (2, 3, 5)
-    assert isinstance(model.blocks[0].mixer, MIXERS[models.MODELS[name]["mixer"]])
-    assert bool(model.cms_levels()) == (models.MODELS[name]["feed_forward"] == "cms")
+    mixer, feed_forward = PARTS[name]
+    assert type(model.blocks[0].mixer) is mixer
+    assert type(model.blocks[0].feed_forward) is feed_forward
+    assert bool(model.cms_levels()) == (feed_forward is ContinuumMemory)
     assert sum(p.numel() for p in model.parameters()) == models.count(model.config)
 
 

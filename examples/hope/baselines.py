@@ -139,7 +139,7 @@ class Segments(nn.Module):
     tokens, and to itself; the memory then learns from the outputs y by gradient descent with
     momentum and forgetting, and y ⊙ m(y) is the answer. Ours: a token sees its own and earlier
     answers only, and m is the memory just after y was written, so that nothing looks ahead; one
-    memory a head; rates of exact steps.
+    memory a head; rates of exact steps; a token forgets a tenth of the memory at most.
     """
 
     gated = False
