@@ -214,6 +214,17 @@ def test_a_stream_of_pieces_is_the_whole(
         torch.testing.assert_close(torch.cat(parts, 1), model(x), **(SINGLE if single else CLOSE))
 
 
+@pytest.mark.parametrize("chunk", [1, 8, 32])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_no_mixer_overshoots(mixer: Any, chunk: int) -> None:
+    """On rows of noise, as many tokens as let a memory that overshoots by half grow past 1e3."""
+    config = Config(width=32, layers=1, heads=2, memory_width=16, chunk=chunk, slow_chunk=chunk)
+    module = MIXERS[mixer](replace(config, mixer=mixer))
+    with torch.no_grad():
+        answers, _ = module(torch.randn(2, 20 * chunk, 32))
+    assert answers.abs().max() < 20
+
+
 def leaves(state: Any) -> Iterator[Tensor]:
     if isinstance(state, Tensor):
         yield state

@@ -139,7 +139,8 @@ class Segments(nn.Module):
     tokens, and to itself; the memory then learns from the outputs y by gradient descent with
     momentum and forgetting, and y ⊙ m(y) is the answer. Ours: a token sees its own and earlier
     answers only, and m is the memory just after y was written, so that nothing looks ahead; one
-    memory a head; rates of exact steps; a token forgets a tenth of the memory at most.
+    memory a head; rates of exact steps, a segment's at most one together; a token forgets a tenth
+    of the memory at most.
     """
 
     gated = False
@@ -200,7 +201,9 @@ class Segments(nn.Module):
         query, key, value = self.split(self.learn(flat))
         gates = self.gates(flat).view(batch, new, 3, self.heads, 1).permute(2, 0, 3, 1, 4)
         rate, forget, momentum = torch.sigmoid(gates)
-        rows = unit(key), unit(value), Gates(1 - 0.1 * forget, rate, momentum), unit(query)
+        # All gradients of a segment are taken at its start: their sum must not overshoot.
+        learnt = Gates(1 - 0.1 * forget, rate / self.size, momentum)
+        rows = unit(key), unit(value), learnt, unit(query)
         memory, answer = self.rule.write(memory, *rows, after=True)
         position = state.position + new
         if position % self.size == 0:

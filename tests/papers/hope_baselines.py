@@ -106,7 +106,7 @@ def titans_as_context(p, x, heads, size) -> np.ndarray:
                 query, key, value = unit(learnt[:, h])
                 memories[h], speeds[h] = step(
                     *(memories[h], speeds[h], starts[h], key, value),
-                    *(1 - 0.1 * forget[h], eta[h], theta[h]),
+                    *(1 - 0.1 * forget[h], eta[h] / size, theta[h]),
                     delta=False,
                 )
                 outputs[t, h] = y[t, h] * answer(memories[h], query)
