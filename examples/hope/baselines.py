@@ -33,12 +33,22 @@ class SwiGLU(nn.Module):
 def rotate(x: Tensor, position: int) -> Tensor:
     """Rotary positions (RoPE) of rows [..., T, d], the first of them at `position`."""
     half = x.shape[-1] // 2
-    steps = torch.arange(position, position + x.shape[-2], device=x.device, dtype=torch.float32)
-    rates = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = steps[:, None] * rates
+    # Narrow types cannot count positions.
+    kind = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
+    rates = 10_000.0 ** (-torch.arange(half, **kind) / half)
+    angles = torch.arange(position, position + x.shape[-2], **kind)[:, None] * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half : 2 * half]
+    a, b = x[..., :half], x[..., half:]
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+
+
+def refuse_odd(config: Config) -> None:
+    """Raise ValueError where `rotate` would find a channel without a partner."""
+    if config.width // config.heads % 2:
+        raise ValueError(
+            f"width {config.width} over {config.heads} heads: rotary positions need an even "
+            "number of channels per head"
+        )
 
 
 class RotaryAttention(nn.Module):
@@ -48,11 +58,7 @@ class RotaryAttention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        if config.width // config.heads % 2:
-            raise ValueError(
-                f"width {config.width} over {config.heads} heads: rotary positions need an even "
-                "number of channels per head"
-            )
+        refuse_odd(config)
         self.heads = config.heads
         self.project = nn.Linear(config.width, 3 * config.width, bias=False)
 
@@ -133,13 +139,15 @@ class Segments(nn.Module):
     tokens, and to itself; the memory then learns from the outputs y by gradient descent with
     momentum and forgetting, and y ⊙ m(y) is the answer. Ours: a token sees its own and earlier
     answers only, and m is the memory just after y was written, so that nothing looks ahead; one
-    memory a head; rates of exact steps.
+    memory a head; rates of exact steps, a segment's at most one together; a token forgets a tenth
+    of the memory at most.
     """
 
     gated = False
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        refuse_odd(config)
         d, heads, hidden = config.width // config.heads, config.heads, config.memory_width
         self.heads, self.size, self.rule = (
             heads,
@@ -193,7 +201,9 @@ class Segments(nn.Module):
         query, key, value = self.split(self.learn(flat))
         gates = self.gates(flat).view(batch, new, 3, self.heads, 1).permute(2, 0, 3, 1, 4)
         rate, forget, momentum = torch.sigmoid(gates)
-        rows = unit(key), unit(value), Gates(1 - 0.1 * forget, rate, momentum), unit(query)
+        # All gradients of a segment are taken at its start: their sum must not overshoot.
+        learnt = Gates(1 - 0.1 * forget, rate / self.size, momentum)
+        rows = unit(key), unit(value), learnt, unit(query)
         memory, answer = self.rule.write(memory, *rows, after=True)
         position = state.position + new
         if position % self.size == 0:

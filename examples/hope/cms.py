@@ -32,8 +32,9 @@ class ContinuumMemory(nn.Module):
     "nested" (Eq. 72): the chain, in which every level but the slowest begins again, whenever the
         next slower one has been updated, from a state that this slower level learns. The paper
         differentiates through the faster level's steps; here the gradient of the start is the one
-        at the faster level's present state (first order, ours). Call `before_step` and
-        `after_step` around the optimizer's step.
+        at the faster level's present state (first order, ours), and a level that begins again
+        itself keeps the start that it has learnt (ours). Call `before_step` and `after_step`
+        around the optimizer's step.
     """
 
     def __init__(self, config: Config) -> None:

@@ -1,6 +1,8 @@
 """Sizes and switches of a model."""
 
+import math
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 from examples.hope.inner import InnerRule
@@ -56,6 +58,11 @@ class Config:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.chunk < 1 or self.slow_chunk < 1 or self.slow_chunk % self.chunk:
             raise ValueError(f"slow_chunk {self.slow_chunk} is no multiple of chunk {self.chunk}")
+        for name in ("layers", "memory_width", "cms_width", "vocabulary"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 1")
+        if self.outputs < 0:
+            raise ValueError(f"outputs {self.outputs}: 0 for as many as tokens, or at least 1")
         for name, choices in (
             ("mixer", ("titans", "attention", "rotary", "delta", "segments")),
             ("feed_forward", ("cms", "swiglu")),
@@ -67,12 +74,17 @@ class Config:
             raise ValueError(f"adaptive {self.adaptive}: choose among {GENERATED}, each once")
         if not 0 <= self.forget <= 1:
             raise ValueError(f"forget {self.forget}: a share of a memory lies in [0, 1]")
-        if not self.rate_cap > 0:
-            raise ValueError(f"rate_cap {self.rate_cap}: a learning rate is positive")
+        if not 0 < self.rate_cap < math.inf:
+            raise ValueError(f"rate_cap {self.rate_cap}: a learning rate is positive and finite")
         if not self.periods or any(p < 1 for p in self.periods):
             raise ValueError(f"periods {self.periods}: one step or more for each of the levels")
         if sorted(self.periods) != list(self.periods):
             raise ValueError(f"periods {self.periods}: the highest frequency comes first (Fig. 5)")
+        if self.cms == "nested" and any(slow % fast for fast, slow in pairwise(self.periods)):
+            raise ValueError(
+                f"periods {self.periods}: nested levels begin again between two of their updates, "
+                "so each period must be a multiple of the one before"
+            )
 
 
 def config_from(values: dict[str, Any]) -> Config:

@@ -37,7 +37,8 @@ class ShortConvolution(nn.Module):
         result = padded[:, :length] * self.taps[0]
         for i in range(1, CONVOLUTION):
             result = torch.addcmul(result, padded[:, i : i + length], self.taps[i])
-        return result, padded[:, length:]
+        # A copy: a view would keep all rows alive for as long as the tail.
+        return result, padded[:, length:].clone()
 
 
 class TitansState(NamedTuple):

@@ -138,11 +138,13 @@ def train(
                 raise ArithmeticError(f"the loss is {loss} at step {step}: try a smaller --lr")
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            model.before_step()
             optimizer.step()
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             optimizer.zero_grad()
             step += 1
+            model.after_step(step)
             row = {"step": step, "train": bits(loss), "lr": rate, "gradient": norm.item()}
             if step % every == 0 and step < settings.steps:
                 row["valid"] = evaluate(model, held_out[::4])
