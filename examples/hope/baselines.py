@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.hope.config import Config
+from examples.hope.config import EPSILON, Config
 from examples.hope.inner import Gates, InnerRule, Memories, unit
 from examples.hope.mixers import ShortConvolution, attend, spans
 
@@ -21,7 +21,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.width)
+        self.norm = nn.RMSNorm(config.width, eps=EPSILON)
         self.up = nn.Linear(config.width, 2 * config.cms_width, bias=False)
         self.down = nn.Linear(config.cms_width, config.width, bias=False)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.hope.config import Config
+from examples.hope.config import EPSILON, Config
 
 Levels = list[tuple[int, list[Tensor]]]  # (period, parameters), highest frequency first
 
@@ -16,7 +16,7 @@ class Level(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.RMSNorm(width, eps=EPSILON)
         self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from examples.hope.inner import InnerRule
 
+EPSILON = 1e-6  # beside mean squares; torch's own default differs between precisions
 GENERATED = ("query", "key", "value", "rate", "retention")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from examples.hope.baselines import GatedDelta, RotaryAttention, Segments, SwiGLU
 from examples.hope.cms import ContinuumMemory, Levels
-from examples.hope.config import Config
+from examples.hope.config import EPSILON, Config
 from examples.hope.mixers import Attention, SelfModifyingTitans
 
 MIXERS = {
@@ -27,11 +27,11 @@ class Block(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.width)
+        self.norm = nn.RMSNorm(config.width, eps=EPSILON)
         self.mixer = MIXERS[config.mixer](config)
         self.gated = self.mixer.gated
         if self.gated:
-            self.head_norm = nn.RMSNorm(config.width // config.heads)
+            self.head_norm = nn.RMSNorm(config.width // config.heads, eps=EPSILON)
             self.gate = nn.Linear(config.width, config.width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
         feed_forward = ContinuumMemory if config.feed_forward == "cms" else SwiGLU
@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width)
+        self.norm = nn.RMSNorm(config.width, eps=EPSILON)
         self.head = nn.Linear(config.width, config.outputs or config.vocabulary, bias=False)
         nn.init.normal_(self.head.weight, std=0.2 / config.width**0.5)
 
