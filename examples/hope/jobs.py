@@ -14,8 +14,7 @@ import torch
 
 from examples.hope import study, training
 from examples.hope.checkpoint import Stop
-from examples.hope.interfaces import Makers
-from examples.hope.study import Trial
+from examples.hope.study import Makers, Trial
 
 OFTEN = 0.2  # seconds between two reports of a process
 
@@ -143,7 +142,8 @@ def _side_by_side(
                     outcome.errors[trial.id()] = rest[0]
                 elif kind == "result" and rest[0] is not None:
                     outcome.results[trial.id()] = rest[0]
-        outcome.stopped = stop.asked and len(outcome.results) < len(trials)
+        left = any(trial.id() not in outcome.results for trial in trials)
+        outcome.stopped = stop.asked and left
     finally:
         for process, _ in running.values():  # only where this process was interrupted itself
             process.kill()
@@ -152,7 +152,9 @@ def _side_by_side(
 
 def _ended(trial: Trial, code: int | None, stop: Stop, outcome: Outcome) -> None:
     """Notice a process that ended without a word."""
-    if trial.id() in outcome.results or trial.id() in outcome.errors or (stop.asked and not code):
+    # A process that was still starting when it was asked to stop dies of the signal.
+    asked = stop.asked and code in (0, -signal.SIGTERM)
+    if trial.id() in outcome.results or trial.id() in outcome.errors or asked:
         return
     how = f"was killed by signal {-code}" if code and code < 0 else f"ended with status {code}"
     outcome.errors[trial.id()] = f"its process {how}; the same command goes on from its checkpoint"

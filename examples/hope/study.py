@@ -2,11 +2,28 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from deepopt import replacing
+from examples.hope.tasks import Stream, Task
+
+AVERAGE = "average"  # the headline of a stream: the mean score over all parts at its end
+
+
+@dataclass(frozen=True)
+class Makers:
+    """Where tasks (name, options) and models (name, configuration) come from.
+
+    A model maps tokens [B, T] to logits [B, T, outputs], and is one for `train.make_optimizer`.
+    """
+
+    task: Callable[[str, Mapping[str, Any]], Task | Stream]
+    model: Callable[[str, Mapping[str, Any]], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,7 @@ class Trial:
         """The settings as JSON has them, without the label."""
         settings = asdict(self)
         del settings["label"]
-        return json.loads(json.dumps(settings))
+        return as_json(settings)
 
     def id(self) -> str:
         """The name of the trial's folder."""
@@ -64,3 +81,13 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace `path` as a whole."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def as_json(value: Any) -> Any:
+    """The value as it comes back from a JSON file: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
+def headline(task: Task | Stream) -> str:
+    """The name of the score that models are compared by."""
+    return AVERAGE if isinstance(task, Stream) else task.metric

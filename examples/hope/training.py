@@ -14,20 +14,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from examples.hope import checkpoint, report, train
-from examples.hope.interfaces import (
-    AVERAGE,
-    Answer,
-    Batches,
-    Makers,
-    Stream,
-    Task,
-    headline,
-    is_stream,
-    is_task,
-)
-from examples.hope.study import Trial, finished, write_json
+from examples.hope.study import Makers, Trial, as_json, finished, headline, write_json
+from examples.hope.tasks import IGNORED, Answer, Batch, Batches, Stream, Task, metrics
 
-IGNORED = -100  # the target where nothing is asked
 ROWS = 200  # of the log, about; each is the mean over the steps since the one before
 MOST = 25  # steps between two rows of the log
 
@@ -68,7 +57,7 @@ class Lessons:
         self._task, self._batch, self._seed = task, batch, seed
         self._part, self._batches = -1, None
 
-    def draw(self, part: int) -> tuple[Tensor, Tensor]:
+    def draw(self, part: int) -> Batch:
         if self._batches is None or part != self._part:
             self._batches = self._open(part)
         return next(self._batches)
@@ -83,10 +72,9 @@ class Lessons:
 
     def _open(self, part: int) -> Batches:
         self._part = part
-        if is_task(self._task):
-            return self._task.batches(self._batch, self._seed)
-        assert is_stream(self._task)
-        return self._task.batches(part, self._batch, self._seed)
+        if isinstance(self._task, Stream):
+            return self._task.batches(part, self._batch, self._seed)
+        return self._task.batches(self._batch, self._seed)
 
 
 @dataclass
@@ -119,7 +107,9 @@ class Training:
         self._cpu = time.process_time()
         torch.manual_seed(trial.seed)
         self.task = makers.task(trial.task, trial.options)
-        self.parts = len(self.task.parts[: trial.parts]) if is_stream(self.task) else 1
+        if (record := as_json(self.task.record())) != as_json(trial.record):
+            raise ValueError(f"the data of {trial.task} changed: {trial.record} became {record}")
+        self.parts = len(self.task.parts[: trial.parts]) if isinstance(self.task, Stream) else 1
         self.total = trial.steps * self.parts
         self.model: Any = makers.model(trial.model, trial.config).to(trial.device)
         optimizer = train.make_optimizer(self.model, trial.optimizer, trial.lr)
@@ -162,7 +152,7 @@ class Training:
                 self._log.write({"step": self.step, "loss": loss, "lr": self._rate})
                 tell(self.step, loss)
             ended = self.step % self.trial.steps == 0 and self.tally.diverged is None
-            if ended and is_stream(self.task):
+            if ended and isinstance(self.task, Stream):
                 answer = self.answer()
                 row = [self.task.score(part, answer) for part in range(self.parts)]
                 self.tally.matrix.append([float(score) for score in row])
@@ -177,10 +167,11 @@ class Training:
         """What the trial came to; JSON ready, with null for scores that are not finite."""
         trial, tally = self.trial, self.tally
         scores: dict[str, float] = {}
-        if tally.diverged is None and is_task(self.task):
-            scores = self.task.score(self.answer(), quick=trial.quick)
-        elif tally.diverged is None:
-            scores = stream_scores(tally.matrix)
+        if tally.diverged is None:
+            if isinstance(self.task, Stream):
+                scores = metrics.continual(tally.matrix, self.task.better)
+            else:
+                scores = self.task.score(self.answer(), quick=trial.quick)
         broken = not math.isfinite(scores.get(headline(self.task), math.nan))
         return {
             **{"id": trial.id(), "status": "diverged" if broken else "finished"},
@@ -247,13 +238,3 @@ def cost(logits: Tensor, targets: Tensor) -> Tensor:
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
     )
     return total / (targets != IGNORED).sum().clamp(min=1)
-
-
-def stream_scores(matrix: list[list[float]]) -> dict[str, float]:
-    """Figures of a stream from R, whose row i holds the scores on all parts after part i."""
-    from examples.hope.tasks import metrics
-
-    scores = {AVERAGE: metrics.average(matrix), "learning": metrics.learning(matrix)}
-    if len(matrix) > 1:  # of one part nothing can be forgotten
-        scores["backward transfer"] = metrics.backward_transfer(matrix)
-    return scores
