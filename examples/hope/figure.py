@@ -39,9 +39,11 @@ def draw(
     figure = Figure(
         figsize=(11.5, height + below), dpi=110, facecolor="white", layout="constrained"
     )
-    top, bottom = (
-        figure.subfigures(2, 1, height_ratios=(height, below)) if matrices else (figure, None)
-    )
+    top: Any = figure
+    bottom: Any = None
+    if matrices:
+        halves: Any = figure.subfigures(2, 1, height_ratios=(height, below))
+        top, bottom = halves
     left, right = top.subplots(1, 2, width_ratios=(1.25, 1))
     figure.suptitle(title, x=0.012, ha="left", fontsize=14, weight="bold", color=INK)
     colors = {line.label: COLORS[i % len(COLORS)] for i, line in enumerate(table)}
@@ -100,25 +102,21 @@ def _scores(
         style = {"marker": "D", "markersize": 8, "capsize": 5, "linewidth": 2, "color": color}
         if result is not None and result.mean is not None:
             axes.errorbar(result.mean, place, xerr=result.half, markeredgecolor="white", **style)
-        said = "–" if result is None else f"{result}"
-        if line.diverged:
-            said += f"   {line.diverged} diverged"
-        middle = 0.5 if result is None or result.mean is None else result.mean
-        axes.annotate(
-            said,
-            (middle, place),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9.5,
-            color=color,
-            annotation_clip=False,
-        )
-    axes.set_yticks(range(len(table)), [line.label for line in table], color=INK)
+    said = [f"{x.label}\n{_said(x, headline)}" for x in table]
+    axes.set_yticks(range(len(table)), said, fontsize=9.5)
     axes.set_ylim(len(table) - 0.4, -0.6)
     axes.margins(x=0.15)
     axes.set_title(f"{headline} ({better} is better), 95 % interval", **_heading())
     _bare(axes)
+    for text, line in zip(axes.get_yticklabels(), table, strict=True):
+        text.set_color(colors[line.label])
+
+
+def _said(line: Line, headline: str) -> str:
+    """The score in words, with the trainings that came to none."""
+    score = f"{line.scores[headline]}" if headline in line.scores else ""
+    diverged = f"{line.diverged} diverged" if line.diverged else ""
+    return ", ".join(filter(None, (score, diverged)))
 
 
 def _matrices(

@@ -171,7 +171,7 @@ def _worker(
 
     def hear(step: int, loss: float | None) -> None:
         nonlocal heard
-        if time.monotonic() - heard >= OFTEN:
+        if loss is None or time.monotonic() - heard >= OFTEN:
             heard = time.monotonic()
             send("step", step, loss)
 

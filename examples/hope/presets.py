@@ -1,9 +1,10 @@
 """What each task is run with: its data, the sizes of the models, steps and learning rates."""
 
 import difflib
+import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -167,6 +168,11 @@ def preset(name: str) -> Preset:
 def make_task(name: str, options: Mapping[str, Any]) -> Task | Stream:
     """The task with options as in a scale; `data` is the path of a corpus."""
     chosen, options = preset(name), {k: _tuple(v) for k, v in options.items()}
+    known = [*inspect.signature(chosen.make).parameters]
+    known = [*(x for x in known if x != "corpus"), *(["data"] if chosen.text else [])]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"task {name} has no option {key!r}: {nearest(key, known)}")
     if chosen.text:
         path = options.pop("data", None)
         return chosen.make(data.load(path, options["length"]), **options)
@@ -188,6 +194,8 @@ def configuration(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     from examples.hope.config import Config
 
+    if name not in model_names():
+        raise ValueError(f"no model is called {name!r}: {nearest(name, model_names())}")
     nested: dict[str, Any] = {}
     for key, value in settings.items():
         first, _, rest = key.partition(".")
@@ -198,24 +206,37 @@ def configuration(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return asdict(_rebuilt(Config(), nested, name))
 
 
+def model_names() -> list[str]:
+    from examples.hope.models import MODELS
+
+    return list(MODELS)
+
+
 def row(text: str) -> tuple[str, dict[str, Any]]:
     """A row of a study, `MODEL` or `MODEL:SETTING=VALUE,…`, as model and settings."""
     name, _, rest = text.partition(":")
+    parts = re.split(r",(?![^\[]*\])", rest) if rest else []
+    return name.strip(), assignments(parts)
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """Settings of the form NAME=VALUE; a value is JSON, or else text."""
     settings: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", rest) if rest else []:
-        key, equals, value = part.partition("=")
+    for text in texts:
+        key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"{part!r} in {text!r}: SETTING=VALUE, such as chunk=16")
+            raise ValueError(f"{text!r}: NAME=VALUE is asked for, such as chunk=16")
         try:
             settings[key.strip()] = json.loads(value)
         except ValueError:
             settings[key.strip()] = value.strip()
-    return name.strip(), settings
+    return settings
 
 
-def nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """A hint at what `name` may have meant."""
-    near = difflib.get_close_matches(name, list(names), 3)
+    names = list(names)
+    near = difflib.get_close_matches(name, names, 3)
     if near:
         return "did you mean " + " or ".join(map(repr, near)) + "?"
     return "there are " + ", ".join(names)

@@ -19,11 +19,13 @@ AVERAGE = "average"  # the headline of a stream: the mean score over all parts a
 class Makers:
     """Where tasks (name, options) and models (name, configuration) come from.
 
+    configure: the whole configuration of a model (name, settings), as JSON can hold it.
     A model maps tokens [B, T] to logits [B, T, outputs], and is one for `train.make_optimizer`.
     """
 
     task: Callable[[str, Mapping[str, Any]], Task | Stream]
     model: Callable[[str, Mapping[str, Any]], nn.Module]
+    configure: Callable[[str, Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)

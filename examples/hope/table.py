@@ -120,7 +120,7 @@ def markdown(
 
 
 def csv_text(table: Sequence[Line], headline: str) -> str:
-    """The same numbers unrounded, a line per model; an empty field is a number that is not there."""
+    """The same numbers unrounded, a line per model; an empty field is a missing number."""
     names = _names(table)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

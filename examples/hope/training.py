@@ -33,7 +33,7 @@ def run(
     """The result of a trial, from its folder if it is there; None if `stop` ended it before.
 
     A checkpoint is written every `interval` seconds and at a stop, and the trial goes on from it.
-    tell: is given the steps done and their loss in nats.
+    tell: is given the steps done, at first those of the checkpoint, and their loss in nats.
     """
     done = finished(folder)
     if done is not None:
@@ -43,8 +43,10 @@ def run(
         torn.unlink(missing_ok=True)
     write_json(folder / "settings.json", trial.identity())
     training = Training(trial, folder, makers)
+    tell(training.step, None)
     if not training.learn(tell, stop, interval):
         return None
+    tell(training.total, None)  # where it diverged, nothing is left to do either
     result = training.result()
     write_json(folder / "result.json", result)
     return result
