@@ -8,7 +8,7 @@ from deepopt import replacing
 from examples.hope.report import BASELINES, GRID, INK, MUTED, TRAIN, VALID
 from examples.hope.table import Line, Row
 
-COLORS = (TRAIN, VALID, *BASELINES)
+COLORS = (TRAIN, VALID, *BASELINES[1:], BASELINES[0])
 Curve = Sequence[tuple[int, float | None]]  # steps and mean losses in nats since the one before
 
 
@@ -56,6 +56,8 @@ def draw(
 
 
 def _losses(axes: Any, curves: Mapping[str, Mapping[int, Curve]], colors: dict[str, str]) -> None:
+    from matplotlib.ticker import NullLocator
+
     positive = []
     for label, of_label in curves.items():
         by_step: dict[int, list[float]] = {}
@@ -74,6 +76,7 @@ def _losses(axes: Any, curves: Mapping[str, Mapping[int, Curve]], colors: dict[s
             axes.plot(*zip(*means, strict=True), color=colors[label], linewidth=2.0, label=label)
     if positive and max(positive) > 10 * min(positive):
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title("training loss (nats): seeds and their mean", **_heading())
     axes.set_xlabel("step", color=INK)
@@ -132,9 +135,11 @@ def _matrices(
         # Dark is good, whichever direction that is.
         axes.imshow(matrix, cmap="Blues" if better == "higher" else "Blues_r", vmin=low, vmax=high)
         names = [part if len(part) <= 12 else f"{part[:11]}…" for part in parts[: len(matrix)]]
-        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+        tilt = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 3 else {}
+        axes.set_xticks(range(len(names)), names, fontsize=8, **tilt)
         axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_title(f"{label}: score on (across)\nafter training on (down)", **_heading(9.5))
+        said = f"{label}\nscore on (across) after training on (down)"
+        axes.set_title(said, **_heading(9.5))
         axes.tick_params(colors=MUTED, length=0)
         axes.spines[:].set_visible(False)
         for i, row in enumerate(matrix):

@@ -81,7 +81,7 @@ def _mad(about: str, make: Callable[..., Task], **quick: Any) -> Preset:
 
 def _needle(kind: str, about: str) -> Preset:
     sizes: dict[Size, Scale] = {
-        "quick": Scale(TINY, 10, 4, {"length": 96, "tests": 2, "kind": kind}),
+        "quick": Scale(TINY, 10, 4, {"length": 112, "tests": 2, "kind": kind}),
         "cpu": Scale(_model(64, 2, 4, 32), 800, 8, {"length": 256, "kind": kind}),
         "gpu": Scale(_model(256, 4, 4, 64), 3000, 32, {"length": 512, "tests": 100, "kind": kind}),
     }
