@@ -14,7 +14,7 @@ HARNESS = """
 import os, pathlib, signal, sys
 import torch
 from deepopt import replacing
-from examples.hope import train
+from examples.hope import checkpoint
 
 folder, alive = pathlib.Path(sys.argv[1]), 0
 
@@ -60,7 +60,7 @@ def recipe(path, i):
         torch.save({"step": i, "model": Thing(i).state_dict()}, file)
 
 def hope(path, i):
-    train.save(path, {}, {"model": Thing(i)}, i)
+    checkpoint.save(path, {}, {"model": Thing(i)}, i)
 
 for how in (recipe, hope):
     path = folder / how.__name__

@@ -27,9 +27,11 @@ class Progress:
         *,
         stream: TextIO | None = None,
         interval: float = 10.0,
+        units: tuple[str, str] = ("bits/byte", "tokens/s"),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.start, self.tokens_per_step = total, start, tokens_per_step
+        self._cost, self._rate = units
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
         self._interval = 0.1 if self._terminal else interval
@@ -37,10 +39,10 @@ class Progress:
         self._begun = self._drawn = clock()
         self._line = ""
 
-    def update(self, step: int, loss: float | None = None) -> None:
-        """Show that `step` steps are done, with the latest loss in bits per byte."""
+    def update(self, step: int, loss: float | None = None, note: str = "") -> None:
+        """Show that `step` steps are done, with the latest loss, and a note at the end."""
         now = self._clock()
-        self._line = self._format(step, loss, now - self._begun)
+        self._line = self._format(step, loss, now - self._begun) + (note and f"  {note}")
         if now - self._drawn >= self._interval or step >= self.total:
             self._drawn = now
             self._draw()
@@ -71,12 +73,13 @@ class Progress:
     def _format(self, step: int, loss: float | None, elapsed: float) -> str:
         done = step - self.start  # of this process: a resumed run starts above 0
         rate = done * self.tokens_per_step / elapsed if elapsed > 0 else 0.0
+        speed = f"{rate:,.0f}" if rate >= 20 else f"{rate:.1f}"
         left = (self.total - step) * elapsed / done if done > 0 else math.nan
         filled = round(20 * min(step / max(self.total, 1), 1))
-        cost = "" if loss is None else f"  {loss:.3f} bits/byte"
+        cost = "" if loss is None else f"  {loss:.3f} {self._cost}"
         return (
             f"{step:>{len(str(self.total))}}/{self.total} [{'=' * filled:<20}]{cost}"
-            f"  {rate:,.0f} tokens/s  {_time(elapsed)} elapsed  {_time(left)} left"
+            f"  {speed} {self._rate}  {_time(elapsed)} elapsed  {_time(left)} left"
         )
 
 

@@ -5,23 +5,21 @@ Ctrl-C saves the run; the same command with --resume continues it, bit for bit.
 
 import argparse
 import math
-import pickle
 import shlex
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
-from deepopt import replacing, rules
-from examples.hope import data, ngram, report
+from deepopt import rules
+from examples.hope import checkpoint, data, ngram, report
 from examples.hope.config import Config
 from examples.hope.model import Hope
 from torch_backend import Optimizer
@@ -58,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         corpus = data.load(args.data, settings.length)
         out = args.out or Path("runs/hope") / f"{args.variant}-{settings.optimizer}"
         if not (args.resume or args.restart):
-            refuse_to_lose(out / "checkpoint.pt")
+            checkpoint.refuse_to_lose(out / "checkpoint.pt")
         result = train(settings, corpus, out, resume=args.resume)
     except (OSError, ValueError, ArithmeticError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -117,10 +115,10 @@ def train(
     held_out = data.windows(corpus.valid, settings.batch, settings.length, settings.windows)
     count = sum(p.numel() for p in model.parameters())
 
-    checkpoint, log_path, png_path = out / "checkpoint.pt", out / "log.jsonl", out / "loss.png"
+    saved, log_path, png_path = out / "checkpoint.pt", out / "log.jsonl", out / "loss.png"
     identity = {**asdict(settings), "corpus": corpus.sha256}
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "batches": batches}
-    start = step = load(checkpoint, identity, state) if resume else 0
+    start = step = checkpoint.load(saved, identity, state) if resume else 0
     log = report.Log(log_path, resume=step if resume else None)
     if not resume:
         about = {"optimizer": settings.optimizer, "lr": settings.lr, "params": count}
@@ -130,7 +128,7 @@ def train(
 
     progress = report.Progress(settings.steps, settings.batch * settings.length, start=step)
     every = max(1, settings.steps // settings.evaluations)
-    with Stop() as stop:
+    with checkpoint.Stop() as stop:
         while step < settings.steps and not stop.asked:
             crops = next(batches)
             loss = cost(model, crops)
@@ -156,9 +154,9 @@ def train(
             log.write(row)
             progress.update(step, row["train"])
             if "valid" in row:
-                save(checkpoint, identity, state, step)
+                checkpoint.save(saved, identity, state, step)
     progress.close()
-    save(checkpoint, identity, state, step)
+    checkpoint.save(saved, identity, state, step)
     if step < settings.steps:
         return None
 
@@ -176,11 +174,21 @@ def train(
     print(f"  Witten-Bell n-gram, order 2 {result['ngram']:.3f}")
     print(f"\na sample after {PROMPT.decode()!r}:\n{indented(sample)}\n")
     report.plot(log_path, png_path, {"order-2 n-gram": result["ngram"]})
-    print(f"loss curve  {png_path}\nlog         {log_path}\ncheckpoint  {checkpoint}")
+    print(f"loss curve  {png_path}\nlog         {log_path}\ncheckpoint  {saved}")
     return result
 
 
-def make_optimizer(model: Hope, name: str, lr: float) -> Optimizer:
+class Parts(Protocol):
+    """A model that says which of its parameters are hidden matrices and which are CMS levels."""
+
+    def parameters(self) -> Iterator[Parameter]: ...
+
+    def hidden_matrices(self) -> list[Tensor]: ...
+
+    def cms_levels(self) -> list[tuple[int, list[Tensor]]]: ...
+
+
+def make_optimizer(model: Parts, name: str, lr: float) -> Optimizer:
     """Matrices by the rule `name`, everything else by AdamW; every CMS level by its own clock."""
     adamw = rules.AdamW(lr=lr if name == "adamw" else REST, betas=(0.9, 0.95))
     matrix = {"m3": rules.M3(lr=lr), "muon": rules.Muon(lr=lr), "adamw": adamw}[name]
@@ -257,72 +265,6 @@ def indented(text: bytes) -> str:
         c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in shown
     )
     return "\n".join(f"  | {line}" for line in shown.split("\n"))
-
-
-class Stop:
-    """Turns the first Ctrl-C into a wish to stop after the step; a second one interrupts."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> "Stop":
-        self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self._before)
-
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-
-def save(path: Path, identity: dict[str, Any], state: dict[str, Any], step: int) -> None:
-    """Write a checkpoint; a reader finds the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parts = {name: thing.state_dict() for name, thing in state.items()}
-    with replacing(path) as file:
-        torch.save({"identity": identity, "step": step, **parts}, file)
-
-
-def load(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> int:
-    """Restore a checkpoint of the same settings and corpus; returns the steps done."""
-    if not path.exists():
-        raise FileNotFoundError(f"nothing to resume: {str(path)!r} does not exist")
-    saved = read_checkpoint(path)
-    theirs, ours = _flat(saved["identity"]), _flat(identity)
-    different = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
-    if different:
-        rows = [f"{k}: checkpoint {theirs.get(k)}, this run {ours.get(k)}" for k in different]
-        raise ValueError(f"{str(path)!r} belongs to another run. " + "; ".join(rows))
-    for name, thing in state.items():
-        thing.load_state_dict(saved[name])
-    return saved["step"]
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `save` wrote; ValueError where the file is something else or damaged."""
-    try:
-        return torch.load(path, weights_only=True)
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint: {error}") from error
-
-
-def refuse_to_lose(path: Path) -> None:
-    """Raise ValueError where a checkpoint of an unfinished run would be overwritten."""
-    if not path.exists():
-        return
-    saved = read_checkpoint(path)
-    if saved["step"] < saved["identity"]["steps"]:
-        raise ValueError(
-            f"{str(path)!r} holds a run stopped at step {saved['step']} of "
-            f"{saved['identity']['steps']}: add --resume to go on, --restart to begin again, or "
-            "another --out"
-        )
-
-
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in identity.items() if k != "model"} | identity["model"]
 
 
 if __name__ == "__main__":

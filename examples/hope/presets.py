@@ -1,0 +1,261 @@
+"""What each task is run with: its data, the sizes of the models, steps and learning rates."""
+
+import difflib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from examples.hope import data, tasks
+from examples.hope.tasks import Stream, Task
+
+Size = Literal["quick", "cpu", "gpu"]
+
+# Of AdamW; a matrix rule has one rate for all models, in `train.LEARNING_RATES`.
+RATES = {"hope": 3e-3, "hope-attention": 3e-3, "transformer": 3e-3, "delta": 3e-3, "titans": 3e-3}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One size of a study.
+
+    model: settings of the models' configuration; the task gives vocabulary and outputs.
+    options: arguments of the task.
+    steps: for a stream, on each part.
+    rates: learning rates by model where they are not those of `RATES`.
+    """
+
+    model: dict[str, Any]
+    steps: int
+    batch: int
+    options: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A task by the function that makes it, and its three sizes; `text` if it reads a corpus."""
+
+    about: str
+    make: Callable[..., Task | Stream]
+    sizes: dict[Size, Scale]
+    text: bool = False
+
+
+def _model(width: int, layers: int, heads: int, chunk: int, **more: Any) -> dict[str, Any]:
+    sizes = {"width": width, "layers": layers, "heads": heads, "cms_width": 2 * width}
+    return {
+        **sizes,
+        "memory_width": width // heads,
+        "chunk": chunk,
+        "slow_chunk": 2 * chunk,
+        **more,
+    }
+
+
+TINY = _model(16, 1, 2, 8)
+
+
+def _formal(about: str, make: Callable[..., Task], **given: Any) -> Preset:
+    sizes: dict[Size, Scale] = {
+        "quick": Scale(TINY, 10, 16, {"longest": 16, **given}),
+        "cpu": Scale(_model(32, 1, 2, 8), 1500, 64, given),
+        "gpu": Scale(_model(64, 2, 4, 16), 5000, 256, given),
+    }
+    return Preset(about, make, sizes)
+
+
+def _mad(about: str, make: Callable[..., Task], **quick: Any) -> Preset:
+    few = {} if make is tasks.memorisation else {"examples": 3200}
+    sizes: dict[Size, Scale] = {
+        "quick": Scale(TINY, 10, 8, quick),
+        "cpu": Scale(_model(64, 2, 4, 16), 500, 64, few),
+        "gpu": Scale(_model(128, 2, 4, 32), 4000, 128),
+    }
+    return Preset(about, make, sizes)
+
+
+def _needle(kind: str, about: str) -> Preset:
+    sizes: dict[Size, Scale] = {
+        "quick": Scale(TINY, 10, 4, {"length": 112, "tests": 2, "kind": kind}),
+        "cpu": Scale(_model(64, 2, 4, 32), 800, 8, {"length": 256, "kind": kind}),
+        "gpu": Scale(_model(256, 4, 4, 64), 3000, 32, {"length": 512, "tests": 100, "kind": kind}),
+    }
+    return Preset(about, tasks.Needle, sizes, text=True)
+
+
+def _recall(about: str, **given: Any) -> Preset:
+    sizes: dict[Size, Scale] = {
+        "quick": Scale(TINY, 10, 8, {"pairs": 4, "vocabulary": 64, "length": 32, **given}),
+        "cpu": Scale(_model(64, 2, 1, 32), 1000, 64, {"pairs": 16, **given}),
+        "gpu": Scale(
+            *(_model(128, 2, 1, 64), 8000, 256),
+            {"pairs": 16, "vocabulary": 8192, "length": 256, **given},
+        ),
+    }
+    return Preset(about, tasks.Recall, sizes)
+
+
+PRESETS: dict[str, Preset] = {
+    "text": Preset(
+        "the next byte of real text, held out by document (bits per byte)",
+        tasks.Text,
+        {
+            "quick": Scale(TINY, 10, 4, {"length": 64, "tests": 16}),
+            "cpu": Scale(_model(128, 3, 4, 32), 600, 8, {"length": 128}),
+            "gpu": Scale(_model(384, 6, 6, 64), 3000, 32, {"length": 1024}),
+        },
+        text=True,
+    ),
+    "mqar": _recall("values of keys that were shown, many keys in a row"),
+    "overwriting": _recall("the same with keys whose value changes", updates=2),
+    "compression": _mad("MAD: write out a random sequence that was read", tasks.compression),
+    "selective-copy": _mad("MAD: write out the tokens between blanks", tasks.selective_copy),
+    "in-context-recall": _mad("MAD: values of keys seen in the row", tasks.in_context_recall),
+    "noisy-recall": _mad("MAD: the same among noise", tasks.noisy_recall),
+    "fuzzy-recall": _mad("MAD: keys and values of several tokens", tasks.fuzzy_recall),
+    "memorisation": _mad("MAD: a fixed table of keys and values", tasks.memorisation),
+    "parity": _formal("is the number of ones so far even", tasks.parity),
+    "aa": _formal("(aa)*: is the length so far even", tasks.repeated, word="aa"),
+    "abab": _formal("(abab)*: is it a whole number of words", tasks.repeated, word="abab"),
+    "anbn": _formal("aⁿbⁿ: what comes next", tasks.counted, letters=2),
+    "anbncn": _formal("aⁿbⁿcⁿ: what comes next", tasks.counted, letters=3),
+    "shuffle": _formal("two kinds of brackets: which are open", tasks.shuffled),
+    "needle-repeated": _needle("repeated", "digits once told in a repeated sentence"),
+    "needle-text": _needle("text", "digits once told in real text"),
+    "needle-hexadecimal": _needle("hexadecimal", "32 hexadecimal digits once told in real text"),
+    "intents": Preset(
+        "stream: seven groups of spoken commands, one after another (accuracy)",
+        tasks.Intents,
+        {
+            "quick": Scale(TINY, 5, 8, {"sentences": 24, "least": 20, "tasks": 2}),
+            "cpu": Scale(_model(64, 2, 4, 16), 120, 32),
+            "gpu": Scale(_model(128, 3, 4, 16), 500, 64),
+        },
+    ),
+    "languages-numbers": Preset(
+        "stream: numbers written out in six languages, one after another (bits per byte)",
+        tasks.Languages,
+        {
+            "quick": Scale(TINY, 5, 4, {"languages": ("de", "fr"), "numbers": 200, "length": 64}),
+            "cpu": Scale(_model(64, 2, 4, 32), 250, 16),
+            "gpu": Scale(_model(128, 3, 4, 32), 1000, 64, {"numbers": 50_000}),
+        },
+    ),
+    "languages-names": Preset(
+        "stream: names of emoji in six languages, one after another (bits per byte)",
+        tasks.Languages,
+        {
+            "quick": Scale(TINY, 5, 4, {"kind": "names", "languages": ("de", "fr"), "length": 64}),
+            "cpu": Scale(_model(64, 2, 4, 32), 250, 16, {"kind": "names"}),
+            "gpu": Scale(_model(128, 3, 4, 32), 1000, 64, {"kind": "names"}),
+        },
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The task called `name`; ValueError with the nearest names if there is none."""
+    if name not in PRESETS:
+        raise ValueError(f"no task is called {name!r}: {nearest(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def make_task(name: str, options: Mapping[str, Any]) -> Task | Stream:
+    """The task with options as in a scale; `data` is the path of a corpus."""
+    chosen, options = preset(name), {k: _tuple(v) for k, v in options.items()}
+    known = [*inspect.signature(chosen.make).parameters]
+    known = [*(x for x in known if x != "corpus"), *(["data"] if chosen.text else [])]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"task {name} has no option {key!r}: {nearest(key, known)}")
+    if chosen.text:
+        path = options.pop("data", None)
+        return chosen.make(data.load(path, options["length"]), **options)
+    return chosen.make(**options)
+
+
+def make_model(name: str, config: Mapping[str, Any]) -> nn.Module:
+    """The model with a configuration as `configuration` returns it."""
+    from examples.hope import models
+    from examples.hope.config import Config
+
+    return models.build(name, _rebuilt(Config(), config, name))
+
+
+def configuration(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a model; those not given have their defaults.
+
+    Settings of a part have a dot, as in `inner.objective`. ValueError names an unknown one.
+    """
+    from examples.hope.config import Config
+
+    if name not in model_names():
+        raise ValueError(f"no model is called {name!r}: {nearest(name, model_names())}")
+    nested: dict[str, Any] = {}
+    for key, value in settings.items():
+        first, _, rest = key.partition(".")
+        if rest:
+            nested.setdefault(first, {})[rest] = value
+        else:
+            nested[key] = value
+    return asdict(_rebuilt(Config(), nested, name))
+
+
+def model_names() -> list[str]:
+    from examples.hope.models import MODELS
+
+    return list(MODELS)
+
+
+def row(text: str) -> tuple[str, dict[str, Any]]:
+    """A row of a study, `MODEL` or `MODEL:SETTING=VALUE,…`, as model and settings."""
+    name, _, rest = text.partition(":")
+    parts = re.split(r",(?![^\[]*\])", rest) if rest else []
+    return name.strip(), assignments(parts)
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """Settings of the form NAME=VALUE; a value is JSON, or else text."""
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r}: NAME=VALUE is asked for, such as chunk=16")
+        try:
+            settings[key.strip()] = json.loads(value)
+        except ValueError:
+            settings[key.strip()] = value.strip()
+    return settings
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint at what `name` may have meant."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, 3)
+    if near:
+        return "did you mean " + " or ".join(map(repr, near)) + "?"
+    return "there are " + ", ".join(names)
+
+
+def _rebuilt(default: Any, given: Mapping[str, Any], owner: str) -> Any:
+    """The dataclass `default` with the values `given`, in its parts too."""
+    known = {f.name: getattr(default, f.name) for f in fields(default)}
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{owner} has no setting {key!r}: {nearest(key, known)}")
+    values = {
+        key: _rebuilt(known[key], value, f"{owner}: {key}")
+        if is_dataclass(known[key]) and isinstance(value, Mapping)
+        else _tuple(value)
+        for key, value in given.items()
+    }
+    return type(default)(**{**known, **values})
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
