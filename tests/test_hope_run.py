@@ -99,6 +99,7 @@ class Toy(nn.Module):
         self.level = nn.Linear(width, width)
         self.head = nn.Linear(width, SYMBOLS)
         self.blow_up, self.calls = blow_up, 0
+        self.hooks: list[str | int] = []
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = nn.functional.dropout(self.embedding(tokens), 0.1, self.training)
@@ -110,6 +111,12 @@ class Toy(nn.Module):
 
     def cms_levels(self) -> list[tuple[int, list[Tensor]]]:
         return [(3, [*self.level.parameters()])]
+
+    def before_step(self) -> None:
+        self.hooks.append("before")
+
+    def after_step(self, step: int) -> None:
+        self.hooks.append(step)
 
 
 def make_task(name: str, options: Mapping[str, Any]) -> Task | Stream:
@@ -162,7 +169,10 @@ def left_behind(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("task", ["round", "rounds"])
 @pytest.mark.parametrize("step", [3, 8, 13])
-def test_a_stopped_trial_goes_on_bit_for_bit(task: str, step: int, tmp_path: Path) -> None:
+def test_a_stopped_trial_goes_on_bit_for_bit(
+    task: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "ROWS", 3)  # it stops between two rows of the log
     record = make_task(task, {}).record()
     steps = 8 if task == "rounds" else 16
     trial = replace(TRIAL, task=task, record=record, steps=steps, parts=2)
@@ -178,6 +188,24 @@ def test_a_stopped_trial_goes_on_bit_for_bit(task: str, step: int, tmp_path: Pat
     assert training.run(trial, tmp_path / "parts", MAKERS)
     assert same(left_behind(tmp_path / "whole"), left_behind(tmp_path / "parts"))
     assert not list((tmp_path / "parts").glob("*.part"))
+
+
+def test_nested_levels_are_told_of_every_step(tmp_path: Path) -> None:
+    trained = training.Training(TRIAL, tmp_path, MAKERS)
+    trained.learn(lambda step, loss: None, lambda: trained.step == 3, 30.0)
+    assert trained.model.hooks == ["before", 1, "before", 2, "before", 3]
+
+
+def test_a_row_of_the_log_is_the_mean_since_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.run(TRIAL, tmp_path / "fine", MAKERS)
+    monkeypatch.setattr(training, "ROWS", 2)
+    training.run(TRIAL, tmp_path / "coarse", MAKERS)
+    fine, coarse = (report.read(tmp_path / name / "log.jsonl") for name in ("fine", "coarse"))
+    assert [row["step"] for row in fine] == [*range(1, 9)]
+    assert [row["step"] for row in coarse] == [4, 8]
+    assert coarse[1]["loss"] == sum(row["loss"] for row in fine[4:]) / 4
 
 
 def test_a_killed_process_is_told_of_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -470,6 +498,10 @@ class Tokens(nn.Module):
 
     def cms_levels(self) -> list[tuple[int, list[Tensor]]]:
         return []
+
+    def before_step(self) -> None: ...
+
+    def after_step(self, step: int) -> None: ...
 
 
 def make_token_model(name: str, config: Mapping[str, Any]) -> nn.Module:

@@ -201,11 +201,13 @@ class Training:
         loss = cost(self._logits(inputs), targets.to(self.trial.device))
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.trial.clip)
+        self.model.before_step()
         self.optimizer.step()
         self._rate = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
+        self.model.after_step(self.step)
         return loss.detach()
 
     def _logits(self, tokens: Tensor) -> Tensor:
