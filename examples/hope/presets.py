@@ -17,6 +17,7 @@ Size = Literal["quick", "cpu", "gpu"]
 
 # Of AdamW; a matrix rule has one rate for all models, in `train.LEARNING_RATES`.
 RATES = {"hope": 3e-3, "hope-attention": 3e-3, "transformer": 3e-3, "delta": 3e-3, "titans": 3e-3}
+FAST = {"hope": 1e-2, "delta": 1e-2, "titans": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,19 @@ def _model(width: int, layers: int, heads: int, chunk: int, **more: Any) -> dict
 
 TINY = _model(16, 1, 2, 8)
 
+# Linear memories whose rates reach 2, so that a write can turn what a memory holds around: what
+# a state that flips needs. Chunks are short, for strings of 2 to 50 symbols.
+TURNING = {
+    **{"inner.structure": "linear", "inner.objective": "dot", "inner.exact": False},
+    "rate_cap": 2.0,
+}
+
 
 def _formal(about: str, make: Callable[..., Task], **given: Any) -> Preset:
     sizes: dict[Size, Scale] = {
         "quick": Scale(TINY, 10, 16, {"longest": 16, **given}),
-        "cpu": Scale(_model(32, 1, 2, 8), 1500, 64, given),
-        "gpu": Scale(_model(64, 2, 4, 16), 5000, 256, given),
+        "cpu": Scale(_model(32, 1, 2, 8, **TURNING), 500, 64, given, FAST),
+        "gpu": Scale(_model(64, 2, 4, 8, **TURNING), 5000, 256, given, FAST),
     }
     return Preset(about, make, sizes)
 
