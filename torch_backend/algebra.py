@@ -98,6 +98,11 @@ class Torch(Arrays[Any]):
 
     def solve(self, a: Any, b: Any, lower: bool, upper: bool) -> Any:
         if lower or upper:
+            if a.ndim == b.ndim > 2 and a.shape[-3] == 1 < b.shape[-3]:
+                # One system for several right sides: next to each other they are one.
+                beside = b.movedim(-3, -2).flatten(-2)
+                x = torch.linalg.solve_triangular(a.squeeze(-3), beside, upper=upper)
+                return x.unflatten(-1, (b.shape[-3], b.shape[-1])).movedim(-2, -3)
             return torch.linalg.solve_triangular(a, b, upper=upper)
         return torch.linalg.solve_ex(a, b).result
 

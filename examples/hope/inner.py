@@ -7,7 +7,7 @@ objective are stated, and `deepopt.memory` derives the write (Eq. 88, 90, 92, 93
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from deepopt.expr import Expr
@@ -135,7 +135,8 @@ class InnerRule:
 
 
 # The rule on graphs, for one memory and the rows of one chunk, and lifted to tensors with any
-# batch axes in front. Its fields travel as keywords, for torch's compiler takes words and no objects.
+# batch axes in front. Its fields travel as words, for torch's compiler takes no objects as
+# keywords.
 
 
 @lift
@@ -186,4 +187,5 @@ def _write(
 
 def unit(x: Tensor) -> Tensor:
     """Rows scaled to length one; short ones, up to 1e-6, stay short."""
-    return F.normalize(x, dim=-1, eps=1e-6)
+    # A product with the inverse: its gradient is a third of the work of that of F.normalize.
+    return x * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-6).reciprocal()
