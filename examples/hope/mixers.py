@@ -38,7 +38,8 @@ class ShortConvolution(nn.Module):
         result = padded[:, :length] * self.taps[0]
         for i in range(1, CONVOLUTION):
             result = torch.addcmul(result, padded[:, i : i + length], self.taps[i])
-        return result, padded[:, length:]
+        # A copy, since a view would keep all rows alive.
+        return result, padded[:, length:].clone()
 
 
 class TitansState(NamedTuple):
@@ -109,12 +110,12 @@ class SelfModifyingTitans(nn.Module):
         if state is not None:
             memory, generators = state.memory, state.generators
         answers = []
-        for now, stop in pieces(position, config.slow_chunk, rows):
+        for (now,), stop in pieces(position, config.slow_chunk, rows):
             ends = (position + stop) % config.slow_chunk == 0
-            start = stop - now[0].shape[-2]
+            start = position + stop - now.shape[-2]
             # The generators that no later row asks are not written.
             last = not keep and stop == length
-            work = *now, memory, generators, position + start, last, report
+            work = now, memory, generators, start, last, report
             if config.checkpoint and torch.is_grad_enabled():
                 found = checkpoint(self.slow_chunk, *work, use_reentrant=False)
                 answer, memory, generators = cast(tuple[Tensor, Memories, Memories], found)
