@@ -112,9 +112,13 @@ def forms(cell: Record) -> list[Record]:
         def whole(model: LanguageModel = model, tokens: Tensor = tokens) -> Tensor:
             return model(tokens)
 
+        # In float64 and not to the end, for memories that generate their own keys enlarge rounding.
+        model.double()
         with torch.no_grad():
-            far = (whole() - one_by_one()).abs().max().item()
-        if not far < 1e-3:
+            beginning = {"tokens": tokens[:, :512]}
+            far = (whole(**beginning) - one_by_one(**beginning)).abs().max().item()
+        model.float()
+        if not far < 1e-9:
             raise ArithmeticError(f"the two forms of {rule} are {far} apart")
         seconds = medians(
             cell["repeats"],
