@@ -115,8 +115,9 @@ def forms(cell: Record) -> list[Record]:
         # In float64 and not to the end, for memories that generate their own keys enlarge rounding.
         model.double()
         with torch.no_grad():
-            beginning = {"tokens": tokens[:, :512]}
-            far = (whole(**beginning) - one_by_one(**beginning)).abs().max().item()
+            beginning = tokens[:, :512]
+            difference = whole(tokens=beginning) - one_by_one(tokens=beginning)
+            far = difference.abs().max().item()
         model.float()
         if not far < 1e-9:
             raise ArithmeticError(f"the two forms of {rule} are {far} apart")
@@ -166,13 +167,9 @@ def generation(cell: Record) -> list[Record]:
 
 
 def held(state: Any) -> int:
-    """Bytes of the storages that a state keeps alive."""
-    storages = {
-        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
-        for x in tree_leaves(state)
-        if isinstance(x, Tensor)
-    }
-    return sum(storages.values())
+    """Bytes of the distinct tensors of a state."""
+    tensors = [x for x in tree_leaves(state) if isinstance(x, Tensor)]
+    return sum({(x.data_ptr(), x.shape): x.nbytes for x in tensors}.values())
 
 
 def peers(cell: Record) -> list[Record]:
