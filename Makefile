@@ -57,7 +57,7 @@ mutants: $(STAMP) ## plant bugs and see that the tests catch them, docs/testing.
 
 bench: $(STAMP) ## time optimizer steps beside their peers (docs/performance.md) and the training of Hope
 	$(BIN)/python -m benchmarks.step --threads 1 2 --page docs/performance.md
-	$(BIN)/python -m benchmarks.hope
+	$(BIN)/python -m benchmarks.hope --page docs/hope-speed.md
 
 # The scratch environment holds the wheel alone and borrows its dependencies from .venv by a .pth,
 # which lends the folder but does not follow the editable install in it.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,11 +12,15 @@ from torch import Tensor
 
 from deepopt.algebra import Algebra, Arrays, Program, apply, constant_array
 from deepopt.expr import COMPARISONS, Expr, Shape, symbol
-from deepopt.functions import FUNCTIONS, definition
+from deepopt.functions import FUNCTIONS, definition, static_of
 from deepopt.oracle import NUMPY
 
 IN_PLACE = {"add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "exp", "log", "sigmoid", "tanh"}
 TWO_SIDED = {"add", "mul"}
+OPERATORS = {
+    **{"add": "{} + {}", "sub": "{} - {}", "mul": "{} * {}", "div": "{} / {}", "neg": "-{}"},
+    **{"matmul": "{} @ {}", "transpose": "{}.mT"},
+}
 VIEWS = {"transpose", "reshape", "stop_gradient"}
 # Values that nobody may write into: shared constants, and truth values, which hold no numbers.
 READ_ONLY = {"array", "constant", *COMPARISONS}
@@ -70,7 +75,9 @@ class Torch(Arrays[Any]):
         return torch.clamp(a, min=b) if isinstance(a, Tensor) else torch.clamp(b, min=a)
 
     def minimum(self, a: Any, b: Any) -> Any:
-        return -self.maximum(-a, -b)
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return torch.minimum(a, b)
+        return torch.clamp(a, max=b) if isinstance(a, Tensor) else torch.clamp(b, max=a)
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         # Of two numbers, torch would make a tensor of the default dtype.
@@ -91,6 +98,11 @@ class Torch(Arrays[Any]):
 
     def solve(self, a: Any, b: Any, lower: bool, upper: bool) -> Any:
         if lower or upper:
+            if a.ndim == b.ndim > 2 and a.shape[-3] == 1 < b.shape[-3]:
+                # One system for several right sides: next to each other they are one.
+                beside = b.movedim(-3, -2).flatten(-2)
+                x = torch.linalg.solve_triangular(a.squeeze(-3), beside, upper=upper)
+                return x.unflatten(-1, (b.shape[-3], b.shape[-1])).movedim(-2, -3)
             return torch.linalg.solve_triangular(a, b, upper=upper)
         return torch.linalg.solve_ex(a, b).result
 
@@ -225,6 +237,31 @@ class Compiled:
             values[i] = values[i].clone()
         return {name: values[i] for name, i in self._outputs}
 
+    def straight(self, names: Sequence[str]) -> Callable[..., tuple[Any, ...]]:
+        """The outputs in their order as a function of the inputs of these names, without a loop.
+
+        Torch's compiler follows it. Nothing is overwritten: `donate` must be None.
+        """
+        place, known = {name: i for i, name in self._inputs}, dict[str, Any]()
+        lines = list[str]()
+        for call, places, i, dead in (*self._on_host, *self._steps):
+            x, values = self.program.nodes[i], [f"v{p}" for p in places]
+            if not places:
+                known[f"v{i}"] = call()
+                continue
+            operator = OPERATORS.get(x.op)
+            if operator is None or any(a.op in COMPARISONS for a in x.args):
+                known[f"f{i}"] = call
+                operator = f"f{i}({', '.join(['{}'] * len(values))})"
+            lines.append(f"v{i} = {operator.format(*values)}")
+            gone = [f"v{p}" for p in dead if f"v{p}" not in known]
+            lines += [f"del {', '.join(gone)}"] if gone else []
+        arguments = [f"v{place[n]}" if n in place else f"_{i}" for i, n in enumerate(names)]
+        results = "".join(f"v{i}, " for _, i in self._outputs)
+        head = f"def straight({', '.join(arguments)}):"
+        exec("\n    ".join([head, *lines, f"return ({results})"]), known)
+        return known["straight"]
+
 
 def _storage(x: Expr) -> Expr:
     """The node whose storage the value of x may share: x itself, or what it is a view of."""
@@ -242,17 +279,27 @@ def _native(
     x: Expr, algebra: Algebra[Any], donate: Sequence[str] | None = None
 ) -> Callable[..., Any]:
     """The function of its arguments' values that a node is, a definition compiled in place."""
-    if x.op == "call" and getattr(algebra, str(x["name"]), None) is None:
+    if x.op == "call":
+        known = getattr(algebra, str(x["name"]), None)
+        if known is not None:
+            return partial(known, **static_of(x))
         body, symbols = definition(x)
-        inner = Compiled(Program({"": body}), algebra, donate)
-        names = [str(s["name"]) for s in symbols]
+        inner, names = (
+            Compiled(Program({"": body}), algebra, donate),
+            [str(s["name"]) for s in symbols],
+        )
+        if donate is None:
+            straight = inner.straight(names)
+            return lambda *args: straight(*args)[0]
         return lambda *args: inner(dict(zip(names, args, strict=True)))[""]
-    if x.op == "array":
+    if x.op in ("array", "constant"):
         value = apply(algebra, x, ())
         return lambda: value
-    if x.op in ("constant", "sum", "max", "reshape", "call"):
-        return lambda *args: apply(algebra, x, args)
     operation = getattr(algebra, x.op)
+    if x.op in ("sum", "max"):
+        return partial(operation, axes=x["axes"])
+    if x.op == "reshape":
+        return partial(operation, rank=x.args[0].rank, shape=x.shape)
     truths = [arg.op in COMPARISONS for arg in x.args]
     if x.op == "where" or not any(truths):
         return operation
@@ -276,7 +323,23 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
     >>> write_once = lift(lambda m, k, v: write(l2(Linear(m), v, k), rate=0.5).weight)
     >>> new = write_once(memory, keys, values)
     """
-    traces: dict[Any, tuple[Compiled, bool]] = {}
+    programs, names = SimpleNamespace(), dict[Any, str]()
+
+    def traced(shapes: tuple[Shape, ...], static: Any, *kind: Any) -> str:
+        key = shapes, static, kind
+        if key not in names:
+            symbols = [symbol(f"argument {i}", shape) for i, shape in enumerate(shapes)]
+            found = function(*symbols, **dict(static))
+            several = isinstance(found, tuple)
+            program = Program({str(i): x for i, x in enumerate(found if several else (found,))})
+            straight = Compiled(program, Torch(*kind)).straight([str(s["name"]) for s in symbols])
+            names[key] = f"program_{len(names)}"
+            once = straight if several else lambda *args: straight(*args)[0]
+            setattr(programs, names[key], once)
+        return names[key]
+
+    # Torch's compiler takes the name as it is, without a look at how it was found.
+    constant = torch.compiler.assume_constant_result(traced)
 
     @wraps(function)
     def run(*args: Tensor | float, **static: Any) -> Any:
@@ -284,16 +347,8 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
         if not tensors:
             raise TypeError(f"{function!r} was lifted to tensors, but none is among {args!r}")
         shapes = tuple(tuple(a.shape[-2:]) if isinstance(a, Tensor) else () for a in args)
-        key = (shapes, tuple(sorted(static.items())), tensors[0].dtype, tensors[0].device)
-        if key not in traces:
-            symbols = [symbol(f"argument {i}", shape) for i, shape in enumerate(shapes)]
-            result = function(*symbols, **static)
-            several = isinstance(result, tuple)
-            program = Program({str(i): x for i, x in enumerate(result if several else (result,))})
-            algebra = Torch(tensors[0].dtype, tensors[0].device)
-            traces[key] = Compiled(program, algebra), several
-        compiled, several = traces[key]
-        out = tuple(compiled({f"argument {i}": a for i, a in enumerate(args)}).values())
-        return out if several else out[0]
+        named = constant if torch.compiler.is_compiling() else traced
+        kind = tensors[0].dtype, tensors[0].device
+        return getattr(programs, named(shapes, tuple(static.items()), *kind))(*args)
 
     return run

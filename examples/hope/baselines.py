@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from examples.hope.config import EPSILON, Config
 from examples.hope.inner import Gates, InnerRule, Memories, unit
-from examples.hope.mixers import ShortConvolution, attend, spans
+from examples.hope.mixers import ShortConvolution, attend, pieces
 
 PERSISTENT = 4  # learnt rows that every segment of Titans attends to
 
@@ -113,11 +113,8 @@ class GatedDelta(nn.Module):
             d = v.shape[-1]
             memory = self.rule.begin((v.new_zeros(()).expand(batch, self.heads, d, d),))
         answers = []
-        for start, stop in spans(0, length, self.chunk):
-            now = (..., slice(start, stop), slice(None))
-            memory, answer = self.rule.write(
-                memory, k[now], v[now], Gates(retention, rate).of(now), q[now], after=True
-            )
+        for (query, key, value, *gates), _ in pieces(0, self.chunk, q, k, v, retention, rate):
+            memory, answer = self.rule.write(memory, key, value, Gates(*gates), query, after=True)
             memory = memory.next_chunk()
             answers.append(answer)
         return torch.cat(answers, 2).transpose(1, 2), (tail, memory) if keep else None
@@ -167,14 +164,14 @@ class Segments(nn.Module):
         self, x: Tensor, state: SegmentsState | None = None, keep: bool = False, report: Any = None
     ) -> tuple[Tensor, Any]:
         """Rows [B, T, width] to answers [B, T, H, d]."""
-        batch, length, _ = x.shape
+        batch = x.shape[0]
         if state is None:
             memory = self.rule.begin(tuple(p.expand(batch, *p.shape) for p in self.initial))
             empty = x.new_zeros(batch, self.heads, 0, self.persistent.shape[-1])
             state = SegmentsState(0, empty, empty, memory)
         answers = []
-        for start, stop in spans(state.position, length, self.size):
-            answer, state = self.segment(x[:, start:stop], state)
+        for (rows,), _ in pieces(state.position, self.size, x):
+            answer, state = self.segment(rows, state)
             answers.append(answer)
         return torch.cat(answers, 1), state if keep else None
 

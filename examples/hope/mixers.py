@@ -4,6 +4,7 @@ A mixer maps rows [B, T, width] and the state that the rows before have left (No
 to answers [B, T, H, d] and the state after them, None unless `keep` asks for it.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -109,11 +110,12 @@ class SelfModifyingTitans(nn.Module):
         if state is not None:
             memory, generators = state.memory, state.generators
         answers = []
-        for start, stop in spans(position, length, config.slow_chunk):
+        for (now,), stop in pieces(position, config.slow_chunk, rows):
             ends = (position + stop) % config.slow_chunk == 0
+            start = position + stop - now.shape[-2]
             # The generators that no later row asks are not written.
             last = not keep and stop == length
-            work = rows[..., start:stop, :], memory, generators, position + start, last, report
+            work = now, memory, generators, start, last, report
             if config.checkpoint and torch.is_grad_enabled():
                 found = checkpoint(self.slow_chunk, *work, use_reentrant=False)
                 answer, memory, generators = cast(tuple[Tensor, Memories, Memories], found)
@@ -137,12 +139,12 @@ class SelfModifyingTitans(nn.Module):
         rule, chunk = self.rule, self.config.chunk
         queries, keys, values, gates = self.generate(generators.start, rows)
         answers = []
-        for start, stop in spans(position, rows.shape[-2], chunk):
-            now = (..., slice(start, stop), slice(None))
-            pairs = keys[now], self.targets(memory, values[now])
+        columns = queries, keys, values, *gates
+        for (query, key, value, *gate), stop in pieces(position, chunk, *columns):
+            pairs = key, self.targets(memory, value)
             if report is not None:
                 report.append(self.gradient_norm(memory, *pairs))
-            memory, answer = rule.write(memory, *pairs, gates.of(now), queries[now])
+            memory, answer = rule.write(memory, *pairs, Gates(*gate), query)
             if (position + stop) % chunk == 0:
                 memory = memory.next_chunk()
             answers.append(answer)
@@ -241,7 +243,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def spans(position: int, length: int, size: int) -> list[tuple[int, int]]:
-    """0 to length cut where position + index is a multiple of `size`."""
+def pieces(position: int, size: int, *rows: Tensor | float) -> Iterator[tuple[list[Any], int]]:
+    """Rows [..., T, d] cut where position + index is a multiple of `size`; where each piece ends.
+
+    Numbers stand for all rows.
+    """
+    length = next(x.shape[-2] for x in rows if isinstance(x, Tensor))
     cuts = [0, *range(size - position % size, length, size), length]
-    return list(pairwise(cuts))
+    sizes = [stop - start for start, stop in pairwise(cuts)]
+    # One split has one gradient; that of a slice is as large as the whole.
+    parts = [x.split(sizes, -2) if isinstance(x, Tensor) else [x] * len(sizes) for x in rows]
+    for *now, stop in zip(*parts, cuts[1:], strict=True):
+        yield now, stop
