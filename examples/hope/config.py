@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from examples.hope.inner import InnerRule
+from examples.hope.memories import Learning
 
 GENERATED = ("query", "key", "value", "rate", "retention")
 
@@ -41,7 +41,7 @@ class Config:
     mixer: Literal["titans", "attention", "rotary", "delta", "segments"] = "titans"
     feed_forward: Literal["cms", "swiglu"] = "cms"
     cms: Literal["sequential", "nested", "independent"] = "sequential"
-    inner: InnerRule = field(default_factory=InnerRule)
+    inner: Learning = field(default_factory=Learning)
     adaptive: tuple[str, ...] = ("key", "value", "rate", "retention")
     own_values: bool = True
     unit_values: bool = True
