@@ -122,7 +122,7 @@ def begin(initial: Parameters, batch: int, rule: Learning) -> tuple[Memories, Me
 
 def generate(parameters: Parameters, generators: Memories, streams: Array, config: Config) -> Rows:
     """What the generators make of streams [4, B, H, T, d]; the others are the streams' own rows."""
-    found = dict(zip(GENERATED, (*streams, streams[3]), strict=True))
+    found: dict[str, Array] = dict(zip(GENERATED, (*streams, streams[3]), strict=True))
     if config.adaptive:
         asked = jnp.stack([found[name] for name in config.adaptive], 2)
         answers = _read(asked, *generators.parameters, rule=config.inner)

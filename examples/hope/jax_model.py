@@ -83,7 +83,7 @@ def init(key: Array, config: Config) -> Parameters:
         return lambda key: jax.random.normal(key, shape) * scale
 
     def full(*shape: int, value: float = 0.0) -> Schedule:
-        return lambda _: jnp.full(shape, value)
+        return lambda _: jnp.full(shape, value, float)
 
     def taps(key: Array) -> Array:
         return (jax.random.normal(key, (CONVOLUTION, 4 * width)) * 0.3).at[-1].add(1.0)
@@ -171,14 +171,14 @@ def make_optimizer(
     for period in {1, *config.periods}:
         own: dict[str, Any] = {"lr": lambda step: lr * schedule(step), "weight_decay": 0.1}
         others: dict[str, Any] = {"lr": lambda step: rest * schedule(step), "weight_decay": 0.0}
-        parts["matrix", period] = transform(rules.M3(every=period), **own)
-        parts["rest", period] = transform(adamw.with_values({"every": period}), **others)
+        parts[f"matrix {period}"] = transform(rules.M3(every=period), **own)
+        parts[f"rest {period}"] = transform(adamw.with_values({"every": period}), **others)
 
-    def label(path: tuple[Any, ...], value: Array) -> tuple[str, int]:
+    def label(path: tuple[Any, ...], value: Array) -> str:
         names = [part.key for part in path]
         hidden = names[0] == "blocks" and names[-1] == "weight" and value.ndim == 2
         period = config.periods[int(names[4])] if "levels" in names else 1
-        return "matrix" if hidden else "rest", period
+        return f"{'matrix' if hidden else 'rest'} {period}"
 
     def labels(tree: Parameters) -> Any:
         return jax.tree.map_with_path(label, tree)
@@ -206,7 +206,8 @@ def train_step(
     """
     loss, gradients = jax.value_and_grad(cost)(parameters, crops, config)
     updates, state = optimizer.update(gradients, state, parameters)
-    return optax.apply_updates(parameters, updates), state, loss
+    moved: Any = optax.apply_updates(parameters, updates)
+    return moved, state, loss
 
 
 @partial(jax.jit, static_argnames="config")
