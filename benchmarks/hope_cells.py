@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from examples.hope.config import Config
-from examples.hope.inner import InnerRule
+from examples.hope.memories import Learning
 from examples.hope.model import LanguageModel
 from examples.hope.models import build
 
@@ -98,7 +98,7 @@ def training(cell: Record) -> list[Record]:
 def forms(cell: Record) -> list[Record]:
     """Forward and backward by chunks, and of the same mathematics token by token."""
     records = []
-    for rule in (InnerRule(), InnerRule(structure="linear", objective="dot")):
+    for rule in (Learning(), Learning(structure="linear", objective="dot")):
         model = LanguageModel(replace(size(cell), inner=rule))
         tokens = torch.randint(256, (cell["batch"], cell["length"]))
 

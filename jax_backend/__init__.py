@@ -1,6 +1,7 @@
 """deepopt's rules as optax gradient transformations."""
 
 from deepopt import rules
+from jax_backend.algebra import lift as lift
 from jax_backend.interchange import export_state as export_state
 from jax_backend.interchange import import_state as import_state
 from jax_backend.metrics import metrics as metrics

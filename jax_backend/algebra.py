@@ -1,13 +1,16 @@
-"""The algebra of jax arrays."""
+"""The algebra of jax arrays, and functions of `deepopt` lifted to them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from deepopt.algebra import Arrays, apply, constant_array
+from deepopt.algebra import Arrays, Program, apply, constant_array, fold
 from deepopt.expr import Shape, symbol
 from deepopt.functions import polynomials, unit
 
@@ -58,6 +61,8 @@ class Jax(Arrays[Any]):
 
     def solve(self, a: Any, b: Any, lower: bool, upper: bool) -> jax.Array:
         if lower or upper:
+            batch = jnp.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+            a, b = (jnp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (a, b))
             return jax.scipy.linalg.solve_triangular(a, b, lower=lower)
         return jnp.linalg.solve(a, b)
 
@@ -98,3 +103,36 @@ class Jax(Arrays[Any]):
         if first := steps % together:
             y, _ = advance(y, abc[:first])
         return jax.lax.scan(advance, y, abc[first:].reshape(-1, together, 3))[0]
+
+
+def lift(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of graph nodes as a function of jax arrays, which jax may transform further.
+
+    `lift(f)(*arrays, **static)`: the last two axes of each array are the matrix that f sees, any
+    axes before broadcast as batch; Python numbers are scalars. f may return one node or a tuple.
+    The graph is made once per shape and set of static keywords.
+
+    >>> write_once = lift(lambda m, k, v: write(l2(Linear(m), v, k), rate=0.5).weight)
+    >>> new = write_once(memory, keys, values)
+    """
+    programs: dict[Any, tuple[Program, bool]] = {}
+
+    @wraps(function)
+    def run(*args: Any, **static: Any) -> Any:
+        arrays = [a for a in args if isinstance(a, jax.Array | np.ndarray)]
+        if not arrays:
+            raise TypeError(f"{function!r} was lifted to arrays, but none is among {args!r}")
+        shapes = tuple(tuple(jnp.shape(a)[-2:]) for a in args)
+        key = shapes, tuple(sorted(static.items()))
+        if key not in programs:
+            symbols = [symbol(f"argument {i}", shape) for i, shape in enumerate(shapes)]
+            result = function(*symbols, **static)
+            several = isinstance(result, tuple)
+            outputs = {str(i): x for i, x in enumerate(result if several else (result,))}
+            programs[key] = Program(outputs), several
+        program, several = programs[key]
+        inputs = {f"argument {i}": a for i, a in enumerate(args)}
+        out = tuple(fold(program, Jax(jnp.result_type(*arrays)), inputs).values())
+        return out if several else out[0]
+
+    return run

@@ -16,8 +16,8 @@ from deepopt import Rule, rules
 from examples.hope import carried, checkpoint, continual, data, report, train
 from examples.hope.config import Config, config_from
 from examples.hope.continual import Settings
-from examples.hope.inner import InnerRule
 from examples.hope.learner import Learner
+from examples.hope.memories import Learning
 from examples.hope.model import Hope
 from examples.hope.stream import Stream, split
 
@@ -146,7 +146,7 @@ def test_periods_are_those_of_the_model_in_segments() -> None:
     "config",
     [
         TINY,
-        replace(TINY, inner=InnerRule(momentum=True)),
+        replace(TINY, inner=Learning(momentum=True)),
         replace(TINY, mixer="attention"),
         replace(TINY, mixer="segments"),
         replace(TINY, mixer="delta", cms="nested"),
@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_explained() -> None:
 
 
 def test_a_configuration_comes_back_from_its_values() -> None:
-    config = replace(TINY, inner=InnerRule("linear", momentum=True), periods=(1, 3))
+    config = replace(TINY, inner=Learning("linear", momentum=True), periods=(1, 3))
     values = asdict(config)
     assert config_from(values) == config
     assert config_from(json.loads(json.dumps(values))) == config

@@ -19,6 +19,7 @@ from examples.hope.baselines import GatedDelta, RotaryAttention, Segments, SwiGL
 from examples.hope.cms import ContinuumMemory, Level, stacked
 from examples.hope.config import Config
 from examples.hope.inner import Gates, InnerRule
+from examples.hope.memories import Learning
 from examples.hope.mixers import Attention, SelfModifyingTitans
 from examples.hope.model import MIXERS, LanguageModel
 from torch_backend import Optimizer
@@ -38,7 +39,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 SINGLE = {"rtol": 0.0, "atol": 1e-5}
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 
-# What is changed in InnerRule, and what in Config.
+# What is changed in Learning, and what in Config.
 SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "as the paper": ({}, {}),
     "linear": ({"structure": "linear"}, {}),
@@ -63,7 +64,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def switched(rule: dict[str, Any], changes: dict[str, Any]) -> Config:
-    return replace(TINY, inner=InnerRule(**rule), **changes)
+    return replace(TINY, inner=Learning(**rule), **changes)
 
 
 def perturbed(module: nn.Module) -> Any:
@@ -102,7 +103,7 @@ def test_self_modifying_titans_are_the_recurrence(name: str, sizes: tuple[int, i
 
 
 RULES = st.builds(
-    InnerRule,
+    Learning,
     st.sampled_from(["mlp", "linear"]),
     st.sampled_from(["l2", "dot"]),
     st.booleans(),
@@ -310,7 +311,7 @@ def test_gradients_cross_the_inner_writes(name: str) -> None:
 
 @pytest.mark.parametrize("momentum", [False, True])
 def test_checkpoints_change_nothing(momentum: bool) -> None:
-    config = replace(TINY, inner=InnerRule(momentum=momentum))
+    config = replace(TINY, inner=Learning(momentum=momentum))
     found = []
     for checkpoint in (False, True):
         torch.manual_seed(0)
@@ -569,4 +570,4 @@ def test_bad_sizes_are_quoted(wrong: dict[str, Any], message: str) -> None:
 )
 def test_bad_inner_rules_are_quoted(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        InnerRule(**wrong)
+        Learning(**wrong)

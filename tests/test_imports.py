@@ -12,6 +12,7 @@ CHECKS = {
     ),
     "import torch_backend; torch_backend.M3": ("jax", "jaxlib", "optax", "jax_backend"),
     "import jax_backend; jax_backend.m3(1e-3)": ("torch", "triton", "torch_backend"),
+    "import examples.hope.jax_model": ("torch", "triton", "torch_backend"),
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
 
-from examples.hope.inner import InnerRule
+from examples.hope.memories import Learning
 
 EPSILON = 1e-6  # beside mean squares; torch's own default differs between precisions
 GENERATED = ("query", "key", "value", "rate", "retention")
@@ -44,7 +44,7 @@ class Config:
     mixer: Literal["titans", "attention", "rotary", "delta", "segments"] = "titans"
     feed_forward: Literal["cms", "swiglu"] = "cms"
     cms: Literal["sequential", "nested", "independent"] = "sequential"
-    inner: InnerRule = field(default_factory=InnerRule)
+    inner: Learning = field(default_factory=Learning)
     adaptive: tuple[str, ...] = ("key", "value", "rate", "retention")
     own_values: bool = True
     unit_values: bool = True
@@ -95,8 +95,8 @@ def config_from(values: dict[str, Any]) -> Config:
     """
     inner = values.get("inner", {})
     unknown = sorted({*values} - {x.name for x in fields(Config)})
-    unknown += [f"inner.{name}" for name in sorted({*inner} - {x.name for x in fields(InnerRule)})]
+    unknown += [f"inner.{name}" for name in sorted({*inner} - {x.name for x in fields(Learning)})]
     if unknown:
         raise ValueError(f"a configuration has no {', '.join(unknown)}: written by another version")
     lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}  # of JSON
-    return Config(**{**values, **lists, "inner": InnerRule(**inner)})
+    return Config(**{**values, **lists, "inner": Learning(**inner)})

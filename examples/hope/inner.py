@@ -1,22 +1,18 @@
-"""What a memory of Hope does while it reads: steps of an optimizer on its own objective.
+"""Memories of Hope that are tensors, and what they do while they read.
 
-Nested Learning (arXiv 2512.24695), §8. No update is written down here: the structure and the
-objective are stated, and `deepopt.memory` derives the write (Eq. 88, 90, 92, 93).
+What a step is stands in `examples.hope.memories`.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepopt.expr import Expr
-from deepopt.grad import grad
-from deepopt.memory import MLP, Linear, Memory, Objective, dot, l2, walk
+from examples.hope import memories as graphs
+from examples.hope.memories import Learning
 from torch_backend.algebra import lift
 
-STRUCTURES: dict[str, type[MLP] | type[Linear]] = {"mlp": MLP, "linear": Linear}
-OBJECTIVES = {"l2": l2, "dot": dot}
+_read, _gradients, _write = map(lift, (graphs.read, graphs.gradients, graphs.write))
 
 
 class Memories(NamedTuple):
@@ -52,31 +48,13 @@ class Gates(NamedTuple):
         return Gates(retention, self.rate[index], momentum)
 
 
-@dataclass(frozen=True)
-class InnerRule:
-    """How the memories of a layer are built and how they learn.
+class InnerRule(Learning):
+    """How memories that are tensors learn: `Learning`, and its steps."""
 
-    structure: "mlp", m(x) = x + W₁σ(W₂x) with σ = tanh (Eq. 89), or "linear", Wx.
-    objective: "l2", ½‖m(k) - v‖² (Eq. 93), or "dot", -⟨m(k), v⟩ (Eq. 92 with its sign mended).
-    delta: delta gradient descent, which erases along k before it writes (Eq. 88); without it the
-        write is gradient descent.
-    exact: each token has the rate of the exact delta step, η / (1 + η‖k‖²); without it η itself.
-    momentum: gradients go through a velocity first (Titans; in the paper's ablation only).
-    """
-
-    structure: Literal["mlp", "linear"] = "mlp"
-    objective: Literal["l2", "dot"] = "l2"
-    delta: bool = True
-    exact: bool = True
-    momentum: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("structure", self.structure, tuple(STRUCTURES)),
-            ("objective", self.objective, tuple(OBJECTIVES)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} {value!r}: choose one of {choices}")
+    @classmethod
+    def of(cls, stated: Learning) -> "InnerRule":
+        """The steps of what has been stated."""
+        return cls(**vars(stated))
 
     def begin(self, parameters: tuple[Tensor, ...]) -> Memories:
         """Memories that have read nothing yet."""
@@ -121,68 +99,6 @@ class InnerRule:
     ) -> tuple[Tensor, ...]:
         """The gradients of the objective, summed over rows."""
         return _gradients(keys, values, *parameters, **vars(self))
-
-    def _objective(self, parameters: tuple[Expr, ...], keys: Expr, values: Expr) -> Objective:
-        return OBJECTIVES[self.objective](self._memory(parameters), values, keys)
-
-    def _memory(self, parameters: tuple[Expr, ...]) -> Memory:
-        return STRUCTURES[self.structure](*parameters)
-
-    @property
-    def count(self) -> int:
-        """How many parameters a memory has."""
-        return 2 if self.structure == "mlp" else 1
-
-
-# The rule on graphs, for one memory and the rows of one chunk, and lifted to tensors with any
-# batch axes in front. Its fields travel as words, for torch's compiler takes no objects as
-# keywords.
-
-
-@lift
-def _read(keys: Expr, *parameters: Expr, **rule: Any) -> Expr:
-    return InnerRule(**rule)._memory(parameters).read(keys)[0]
-
-
-@lift
-def _gradients(keys: Expr, values: Expr, *parameters: Expr, **rule: Any) -> tuple[Expr, ...]:
-    objective = InnerRule(**rule)._objective(parameters, keys, values)
-    return tuple(grad(objective.loss, list(parameters)))
-
-
-@lift
-def _write(
-    keys: Expr,
-    values: Expr,
-    retention: Expr,
-    rate: Expr,
-    momentum: Expr,
-    /,
-    *rest: Expr,
-    fresh: bool,
-    after: bool,
-    **stated: Any,
-) -> tuple[Expr, ...]:
-    rule = InnerRule(**stated)
-    n = rule.count
-    start, rest = rest[:n], rest[n:]
-    begin, rest = (None, rest) if fresh else (rest[:n], rest[n:])
-    velocity, queries = (rest[:n], rest[n:]) if rule.momentum else (None, rest)
-    steps = walk(
-        rule._objective(start, keys, values),
-        retention=retention,
-        rate=rate,
-        delta=rule.delta,
-        normalize=rule.exact,
-        begin=begin,
-        momentum=momentum if rule.momentum else None,
-        velocity=velocity,
-    )
-    return (
-        *steps.memory.parameters,
-        *steps.velocity,
-        *(steps.read(q, after=after) for q in queries),
-    )
 
 
 def unit(x: Tensor) -> Tensor:

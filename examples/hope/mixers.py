@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from examples.hope.config import GENERATED, Config
-from examples.hope.inner import Gates, Memories, unit
+from examples.hope.inner import Gates, InnerRule, Memories, unit
 
 CONVOLUTION = 4  # taps
 
@@ -62,7 +62,7 @@ class SelfModifyingTitans(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config, self.rule = config, config.inner
+        self.config, self.rule = config, InnerRule.of(config.inner)
         d, heads = config.width // config.heads, config.heads
         # A stream for each of query, key, value and the gates; those that no memory generates
         # are projected.

@@ -1,0 +1,108 @@
+"""The memories of Hope and what they learn, stated as graphs that every backend lifts.
+
+Nested Learning (arXiv 2512.24695), §8. No update is written down here: the structure and the
+objective are stated, and `deepopt.memory` derives the write (Eq. 88, 90, 92, 93). The functions
+are of one memory and the rows of one chunk; lifted to arrays, any batch axes stand in front. The
+fields of `Learning` travel as words, for torch's compiler takes no objects as keywords.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deepopt.expr import Expr
+from deepopt.grad import grad
+from deepopt.memory import MLP, Linear, Memory, Objective, dot, l2, walk
+
+STRUCTURES: dict[str, type[MLP] | type[Linear]] = {"mlp": MLP, "linear": Linear}
+OBJECTIVES = {"l2": l2, "dot": dot}
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the memories of a layer are built and how they learn.
+
+    structure: "mlp", m(x) = x + W₁σ(W₂x) with σ = tanh (Eq. 89), or "linear", Wx.
+    objective: "l2", ½‖m(k) - v‖² (Eq. 93), or "dot", -⟨m(k), v⟩ (Eq. 92 with its sign mended).
+    delta: delta gradient descent, which erases along k before it writes (Eq. 88); without it the
+        write is gradient descent.
+    exact: each token has the rate of the exact delta step, η / (1 + η‖k‖²); without it η itself.
+    momentum: gradients go through a velocity first (Titans; in the paper's ablation only).
+    """
+
+    structure: Literal["mlp", "linear"] = "mlp"
+    objective: Literal["l2", "dot"] = "l2"
+    delta: bool = True
+    exact: bool = True
+    momentum: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("structure", self.structure, tuple(STRUCTURES)),
+            ("objective", self.objective, tuple(OBJECTIVES)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} {value!r}: choose one of {choices}")
+
+    @property
+    def count(self) -> int:
+        """How many parameters a memory has."""
+        return 2 if self.structure == "mlp" else 1
+
+    def memory_of(self, parameters: tuple[Expr, ...]) -> Memory:
+        """The structure with these parameters, each [rows, columns]."""
+        return STRUCTURES[self.structure](*parameters)
+
+    def objective_of(self, parameters: tuple[Expr, ...], keys: Expr, values: Expr) -> Objective:
+        """What the memory should answer to rows of keys [T, d]."""
+        return OBJECTIVES[self.objective](self.memory_of(parameters), values, keys)
+
+
+def read(keys: Expr, *parameters: Expr, **rule: Any) -> Expr:
+    """What a memory answers to rows of keys [T, d]."""
+    return Learning(**rule).memory_of(parameters).read(keys)[0]
+
+
+def gradients(keys: Expr, values: Expr, *parameters: Expr, **rule: Any) -> tuple[Expr, ...]:
+    """The gradients of the objective, summed over rows."""
+    objective = Learning(**rule).objective_of(parameters, keys, values)
+    return tuple(grad(objective.loss, list(parameters)))
+
+
+def write(
+    keys: Expr,
+    values: Expr,
+    retention: Expr,
+    rate: Expr,
+    momentum: Expr,
+    /,
+    *rest: Expr,
+    fresh: bool,
+    after: bool,
+    **stated: Any,
+) -> tuple[Expr, ...]:
+    """One step per row: the new parameters, the new velocities and the answers to queries.
+
+    rest: the parameters at the start of the chunk; unless `fresh`, those before the first row; with
+        momentum the velocities; then any number of queries [T, d], answered just before their
+        row's step, or just after it.
+    """
+    rule = Learning(**stated)
+    n = rule.count
+    start, rest = rest[:n], rest[n:]
+    begin, rest = (None, rest) if fresh else (rest[:n], rest[n:])
+    velocity, queries = (rest[:n], rest[n:]) if rule.momentum else (None, rest)
+    steps = walk(
+        rule.objective_of(start, keys, values),
+        retention=retention,
+        rate=rate,
+        delta=rule.delta,
+        normalize=rule.exact,
+        begin=begin,
+        momentum=momentum if rule.momentum else None,
+        velocity=velocity,
+    )
+    return (
+        *steps.memory.parameters,
+        *steps.velocity,
+        *(steps.read(q, after=after) for q in queries),
+    )
