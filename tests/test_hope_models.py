@@ -216,11 +216,13 @@ def test_a_stream_of_pieces_is_the_whole(
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 32])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_no_mixer_overshoots(mixer: Any, chunk: int) -> None:
+@pytest.mark.parametrize(
+    ("mixer", "delta"), [*((mixer, True) for mixer in MIXERS), ("titans", False)]
+)
+def test_no_mixer_overshoots(mixer: Any, delta: bool, chunk: int) -> None:
     """On rows of noise, as many tokens as let a memory that overshoots by half grow past 1e3."""
     config = Config(width=32, layers=1, heads=2, memory_width=16, chunk=chunk, slow_chunk=chunk)
-    module = MIXERS[mixer](replace(config, mixer=mixer))
+    module = MIXERS[mixer](replace(config, mixer=mixer, inner=Learning(delta=delta)))
     with torch.no_grad():
         answers, _ = module(torch.randn(2, 20 * chunk, 32))
     assert answers.abs().max() < 20

@@ -54,6 +54,14 @@ class Config:
     vocabulary: int = 256
     outputs: int = 0
 
+    def sharers(self, size: int) -> int:
+        """How many rows of a chunk of `size` share one learning rate.
+
+        Without delta nothing is erased between the rows, and their gradients, all taken at the
+        chunk's start, would overshoot together (ours).
+        """
+        return 1 if self.inner.delta else size
+
     def __post_init__(self) -> None:
         if self.width < 1 or self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")

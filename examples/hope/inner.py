@@ -47,6 +47,10 @@ class Gates(NamedTuple):
         )
         return Gates(retention, self.rate[index], momentum)
 
+    def shared(self, by: int) -> "Gates":
+        """The same with the rate divided by a number."""
+        return self if by == 1 else self._replace(rate=self.rate / by)
+
 
 class InnerRule(Learning):
     """How memories that are tensors learn: `Learning`, and its steps."""

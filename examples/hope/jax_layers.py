@@ -51,14 +51,19 @@ def titans(parameters: Parameters, x: Array, config: Config) -> Array:
     x = jnp.pad(x, ((0, 0), (0, count * size - length), (0, 0)))
 
     def chunk(memory: Memories, rows: Rows) -> tuple[Memories, Array]:
-        values = targets(memory, rows.values, config)
-        return write(memory, rows._replace(values=values), config.inner, answers=True)
+        values, rate = (
+            targets(memory, rows.values, config),
+            rows.rate / config.sharers(config.chunk),
+        )
+        rows = rows._replace(values=values, rate=rate)
+        return write(memory, rows, config.inner, answers=True)
 
     def learn(generators: Memories, rows: Rows) -> Memories:
         # All generators are written with the same keys and rates: one axis to broadcast.
         shared = Rows(*(r[:, :, None] for r in rows))
         values = targets(generators, shared.values, config)
-        return write(generators, shared._replace(values=values), config.inner)[0]
+        rate = shared.rate / config.sharers(config.slow_chunk)
+        return write(generators, shared._replace(values=values, rate=rate), config.inner)[0]
 
     def slow_chunk(
         carry: tuple[Memories, Memories], given: tuple[Array, Array]

@@ -24,7 +24,7 @@ class Learning:
     structure: "mlp", m(x) = x + W₁σ(W₂x) with σ = tanh (Eq. 89), or "linear", Wx.
     objective: "l2", ½‖m(k) - v‖² (Eq. 93), or "dot", -⟨m(k), v⟩ (Eq. 92 with its sign mended).
     delta: delta gradient descent, which erases along k before it writes (Eq. 88); without it the
-        write is gradient descent.
+        write is gradient descent, in Hope at η over the length of the chunk.
     exact: each token has the rate of the exact delta step, η / (1 + η‖k‖²); without it η itself.
     momentum: gradients go through a velocity first (Titans; in the paper's ablation only).
     """

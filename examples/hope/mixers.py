@@ -139,7 +139,7 @@ class SelfModifyingTitans(nn.Module):
         rule, chunk = self.rule, self.config.chunk
         queries, keys, values, gates = self.generate(generators.start, rows)
         answers = []
-        columns = queries, keys, values, *gates
+        columns = queries, keys, values, *gates.shared(self.config.sharers(chunk))
         for (query, key, value, *gate), stop in pieces(position, chunk, *columns):
             pairs = key, self.targets(memory, value)
             if report is not None:
@@ -154,6 +154,7 @@ class SelfModifyingTitans(nn.Module):
             targets = self.targets(generators, values)
             if report is not None:
                 report.append(self.gradient_norm(generators, keys, targets))
+            gates = gates.shared(self.config.sharers(self.config.slow_chunk))
             one = (slice(None), slice(None), None)
             generators, _ = rule.write(generators, keys, targets, gates.of(one))
         return torch.cat(answers, 2), memory, generators

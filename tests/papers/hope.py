@@ -127,8 +127,10 @@ def titans(p, x, config) -> np.ndarray:
                 if config.own_values:
                     target = answer(start[name], v)
                     target = unit(target) if config.unit_values else target
+                size = config.chunk if name == "memory" else config.slow_chunk
+                rate = eta if rule.delta else eta / size
                 now[name], speed[name] = step(
-                    now[name], speed[name], start[name], k, target, alpha, eta, theta, **how
+                    now[name], speed[name], start[name], k, target, alpha, rate, theta, **how
                 )
     return outputs
 
