@@ -162,7 +162,10 @@ def left_behind(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("task", ["round", "rounds"])
 @pytest.mark.parametrize("step", [3, 8, 13])
-def test_a_stopped_trial_goes_on_bit_for_bit(task: str, step: int, tmp_path: Path) -> None:
+def test_a_stopped_trial_goes_on_bit_for_bit(
+    task: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "ROWS", 3)  # it stops between two rows of the log
     record = make_task(task, {}).record()
     steps = 8 if task == "rounds" else 16
     trial = replace(TRIAL, task=task, record=record, steps=steps, parts=2)
@@ -178,6 +181,18 @@ def test_a_stopped_trial_goes_on_bit_for_bit(task: str, step: int, tmp_path: Pat
     assert training.run(trial, tmp_path / "parts", MAKERS)
     assert same(left_behind(tmp_path / "whole"), left_behind(tmp_path / "parts"))
     assert not list((tmp_path / "parts").glob("*.part"))
+
+
+def test_a_row_of_the_log_is_the_mean_since_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.run(TRIAL, tmp_path / "fine", MAKERS)
+    monkeypatch.setattr(training, "ROWS", 2)
+    training.run(TRIAL, tmp_path / "coarse", MAKERS)
+    fine, coarse = (report.read(tmp_path / name / "log.jsonl") for name in ("fine", "coarse"))
+    assert [row["step"] for row in fine] == [*range(1, 9)]
+    assert [row["step"] for row in coarse] == [4, 8]
+    assert coarse[1]["loss"] == sum(row["loss"] for row in fine[4:]) / 4
 
 
 def test_a_killed_process_is_told_of_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
