@@ -46,7 +46,7 @@ CONFIGS = {
     ),
     "nothing adaptive": replace(TINY, adaptive=(), own_values=False, forget=0.0, checkpoint=True),
     "all adaptive, wide range": replace(
-        TINY, adaptive=EVERYTHING, unit_values=False, forget=1.0, rate_cap=2.0
+        TINY, adaptive=EVERYTHING, projected=False, unit_values=False, forget=1.0, rate_cap=2.0
     ),
     "given values, few answers": replace(
         TINY, own_values=False, adaptive=("value", "rate"), outputs=5

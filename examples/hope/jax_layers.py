@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from examples.hope import memories as graphs
-from examples.hope.config import EPSILON, GENERATED, Config
+from examples.hope.config import EPSILON, GENERATED, STREAMS, Config
 from examples.hope.memories import Learning
 from jax_backend import lift
 
@@ -77,7 +77,7 @@ def titans(parameters: Parameters, x: Array, config: Config) -> Array:
         return (memory, generators), one_after_another(answers)
 
     step = jax.checkpoint(slow_chunk) if config.checkpoint else slow_chunk
-    state = begin(parameters["initial"], batch, config.inner)
+    state = begin(parameters["initial"], batch, config)
     streams = in_chunks(streams_of(parameters, x, config), size)
     _, answers = jax.lax.scan(step, state, (jnp.arange(count) == count - 1, streams))
     return one_after_another(answers)[:, :, :length].swapaxes(1, 2)
@@ -99,27 +99,28 @@ def one_after_another(chunks: Array) -> Array:
 
 
 def streams_of(parameters: Parameters, x: Array, config: Config) -> Array:
-    """The rows of query, key, value and gates, [4, B, H, T, d] on the unit sphere."""
+    """The rows of each of `STREAMS`, [4, B, H, T, d] on the unit sphere."""
     project = parameters.get("project", {})
-    parts = [linear(project[n], x) if n in project else x for n in ("query", "key", "value")]
+    parts = [linear(project[n], x) if n in project else x for n in STREAMS]
     taps, length = parameters["convolution"]["taps"], x.shape[1]
-    padded = jnp.pad(jnp.concatenate((*parts, x), -1), ((0, 0), (CONVOLUTION - 1, 0), (0, 0)))
+    padded = jnp.pad(jnp.concatenate(parts, -1), ((0, 0), (CONVOLUTION - 1, 0), (0, 0)))
     rows = sum(padded[:, i : i + length] * taps[i] for i in range(CONVOLUTION))
-    rows = unit(jnp.reshape(rows, (*x.shape[:2], 4, config.heads, -1)))
+    rows = unit(jnp.reshape(rows, (*x.shape[:2], len(STREAMS), config.heads, -1)))
     return rows.transpose(2, 0, 3, 1, 4)
 
 
-def begin(initial: Parameters, batch: int, rule: Learning) -> tuple[Memories, Memories]:
+def begin(initial: Parameters, batch: int, config: Config) -> tuple[Memories, Memories]:
     """The meta-learnt initial states of "memory" [B, H, ...] and of the generators [B, H, G, ...].
 
-    initial: the parameters "0", and "1" of an MLP, [H, G + 1, rows, columns].
+    initial: the parameters "0", and "1" of an MLP, [H · (G + 1), rows, columns].
     """
     whole = [initial[name] for name in sorted(initial)]
+    whole = [p.reshape(config.heads, -1, *p.shape[1:]) for p in whole]
     whole = [jnp.broadcast_to(p, (batch, *p.shape)) for p in whole]
     memory, generators = (tuple(p[:, :, i] for p in whole) for i in (-1, slice(-1)))
 
     def still(parameters: tuple[Array, ...]) -> Memories:
-        zeros = tuple(map(jnp.zeros_like, parameters)) if rule.momentum else ()
+        zeros = tuple(map(jnp.zeros_like, parameters)) if config.inner.momentum else ()
         return Memories(parameters, zeros)
 
     return still(memory), still(generators)

@@ -20,7 +20,7 @@ from jax import Array
 
 from deepopt import rules
 from examples.hope import report
-from examples.hope.config import Config
+from examples.hope.config import STREAMS, Config
 from examples.hope.jax_layers import (
     CONVOLUTION,
     Parameters,
@@ -86,7 +86,7 @@ def init(key: Array, config: Config) -> Parameters:
         return lambda _: jnp.full(shape, value, float)
 
     def taps(key: Array) -> Array:
-        return (jax.random.normal(key, (CONVOLUTION, 4 * width)) * 0.3).at[-1].add(1.0)
+        return (jax.random.normal(key, (CONVOLUTION, len(STREAMS) * width)) * 0.3).at[-1].add(1.0)
 
     def gate(name: str, bias: float = 0.0) -> Parameters:
         return {name: normal(heads, d, 1), f"{name}_bias": full(heads, 1, 1, value=bias)}
@@ -100,14 +100,14 @@ def init(key: Array, config: Config) -> Parameters:
 
     def memories() -> Parameters:
         if config.inner.structure == "linear":
-            return {"0": normal(heads, count, d, d, scale=d**-0.5)}
-        second = normal(heads, count, hidden, d, scale=(hidden * d) ** -0.5)
-        return {"0": normal(heads, count, d, hidden), "1": second}
+            return {"0": normal(heads * count, d, d, scale=d**-0.5)}
+        second = normal(heads * count, hidden, d, scale=(hidden * d) ** -0.5)
+        return {"0": normal(heads * count, d, hidden), "1": second}
 
     def layer() -> Parameters:
-        fixed = [name for name in ("query", "key", "value") if name not in config.adaptive]
         mixer = {"initial": memories(), "convolution": {"taps": taps}}
-        mixer |= {"project": {name: matrix(width, width) for name in fixed}} if fixed else {}
+        maps = {name: matrix(width, width) for name in config.maps}
+        mixer |= {"project": maps} if maps else {}
         mixer |= gate("rate") | gate("retention", -3.0)
         mixer |= gate("momentum") if config.inner.momentum else {}
         levels: Parameters = {"levels": {str(i): level() for i in range(len(config.periods))}}
@@ -161,7 +161,7 @@ def make_optimizer(
     schedule: Schedule = lambda step: 1.0,
     clip: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Hidden matrices by M3, all else by AdamW, every CMS level by its own clock.
+    """Hidden matrices and memories' starts by M3, all else by AdamW, CMS levels by their clocks.
 
     lr, rest: learning rates of M3 and AdamW; both are multiplied by `schedule`, a function of the
         step, from 0. clip: largest norm of all gradients together.
@@ -176,7 +176,9 @@ def make_optimizer(
 
     def label(path: tuple[Any, ...], value: Array) -> str:
         names = [part.key for part in path]
-        hidden = names[0] == "blocks" and names[-1] == "weight" and value.ndim == 2
+        hidden = names[0] == "blocks" and (
+            (names[-1] == "weight" and value.ndim == 2) or "initial" in names
+        )
         period = config.periods[int(names[4])] if "levels" in names else 1
         return f"{'matrix' if hidden else 'rest'} {period}"
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from examples.hope.config import GENERATED, Config
+from examples.hope.config import GENERATED, STREAMS, Config
 from examples.hope.inner import Gates, InnerRule, Memories, unit
 
 CONVOLUTION = 4  # taps
@@ -64,27 +64,21 @@ class SelfModifyingTitans(nn.Module):
         super().__init__()
         self.config, self.rule = config, InnerRule.of(config.inner)
         d, heads = config.width // config.heads, config.heads
-        # A stream for each of query, key, value and the gates; those that no memory generates
-        # are projected.
-        streams = ("query", "key", "value")
+        width = config.width
         self.project = nn.ModuleDict(
-            {
-                name: nn.Linear(config.width, config.width, bias=False)
-                for name in streams
-                if name not in config.adaptive
-            }
+            {name: nn.Linear(width, width, bias=False) for name in config.maps}
         )
-        self.convolution = ShortConvolution(4 * config.width)
-        count = len(config.adaptive) + 1  # the last is "memory"
+        self.convolution = ShortConvolution(len(STREAMS) * width)
+        count = len(config.adaptive) + 1  # of memories in a head; the last is "memory"
+        shapes = [(d, d, d**-0.5)]
         if self.rule.structure == "mlp":
             hidden = config.memory_width
-            first = torch.randn(heads, count, d, hidden)
-            second = torch.randn(heads, count, hidden, d) / (hidden * d) ** 0.5
-            self.initial = nn.ParameterList([nn.Parameter(first), nn.Parameter(second)])
-        else:
-            self.initial = nn.ParameterList(
-                [nn.Parameter(torch.randn(heads, count, d, d) / d**0.5)]
-            )
+            shapes = [(d, hidden, 1.0), (hidden, d, (hidden * d) ** -0.5)]
+        # Stacks [H · count, rows, columns], for rules of matrices.
+        self.initial = nn.ParameterList(
+            nn.Parameter(torch.randn(heads * count, rows, columns) * scale)
+            for rows, columns, scale in shapes
+        )
         # A linear head each that turns a row into a scalar.
         self.rate = nn.Parameter(torch.randn(heads, d, 1))
         self.rate_bias = nn.Parameter(torch.zeros(heads, 1, 1))
@@ -160,16 +154,16 @@ class SelfModifyingTitans(nn.Module):
         return torch.cat(answers, 2), memory, generators
 
     def streams(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The rows of query, key, value and gates, [4, B, H, T, d] on the unit sphere."""
-        names = ("query", "key", "value")
-        parts = [self.project[n](x) if n in self.project else x for n in names]
-        rows, left = self.convolution(torch.cat((*parts, x), -1), tail)
-        rows = unit(rows.view(*x.shape[:2], 4, self.config.heads, -1))
+        """The rows of each of `STREAMS`, [4, B, H, T, d] on the unit sphere."""
+        parts = [self.project[n](x) if n in self.project else x for n in STREAMS]
+        rows, left = self.convolution(torch.cat(parts, -1), tail)
+        rows = unit(rows.view(*x.shape[:2], len(STREAMS), self.config.heads, -1))
         return rows.permute(2, 0, 3, 1, 4), left
 
     def begin(self, batch: int) -> tuple[Memories, Memories]:
         """The meta-learnt initial states of "memory" and of the generators."""
-        initial = [p.expand(batch, *p.shape) for p in self.initial]
+        initial = [p.unflatten(0, (self.config.heads, -1)) for p in self.initial]
+        initial = [p.expand(batch, *p.shape) for p in initial]
         memory, generators = (tuple(p[:, :, i] for p in initial) for i in (-1, slice(-1)))
         return self.rule.begin(memory), self.rule.begin(generators)
 

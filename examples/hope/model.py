@@ -83,9 +83,11 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x)), states
 
     def hidden_matrices(self) -> list[Tensor]:
-        """The weights of the linear maps between embedding and head, what a matrix rule is for."""
-        linear = (module for module in self.blocks.modules() if isinstance(module, nn.Linear))
-        return [module.weight for module in linear]
+        """What a matrix rule is for: the linear maps between embedding and head [rows, columns],
+        and where memories start, stacks of them [count, rows, columns]."""
+        parts = list(self.blocks.modules())
+        maps = [part.weight for part in parts if isinstance(part, nn.Linear)]
+        return maps + [p for part in parts for p in getattr(part, "initial", ())]
 
     def continuum(self) -> list[ContinuumMemory]:
         """The continuum memory of each block; empty in a baseline."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from examples.hope import data, tasks
+from examples.hope.memories import LINEAR
 from examples.hope.tasks import Stream, Task
 
 Size = Literal["quick", "cpu", "gpu"]
@@ -52,6 +53,7 @@ def _model(width: int, layers: int, heads: int, chunk: int, **more: Any) -> dict
     return {
         **sizes,
         "memory_width": width // heads,
+        **{f"inner.{name}": value for name, value in vars(LINEAR).items()},
         "chunk": chunk,
         "slow_chunk": 2 * chunk,
         **more,
@@ -60,12 +62,8 @@ def _model(width: int, layers: int, heads: int, chunk: int, **more: Any) -> dict
 
 TINY = _model(16, 1, 2, 8)
 
-# Linear memories whose rates reach 2, so that a write can turn what a memory holds around: what
-# a state that flips needs. Chunks are short, for strings of 2 to 50 symbols.
-TURNING = {
-    **{"inner.structure": "linear", "inner.objective": "dot", "inner.exact": False},
-    "rate_cap": 2.0,
-}
+# With rates up to 2 a write can turn what a memory holds around: what a state that flips needs.
+TURNING = {"rate_cap": 2.0}
 
 
 def _formal(about: str, make: Callable[..., Task], **given: Any) -> Preset:

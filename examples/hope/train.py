@@ -21,14 +21,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from deepopt import rules
 from examples.hope import checkpoint, data, ngram, report
 from examples.hope.config import Config
+from examples.hope.memories import LINEAR, Learning
 from examples.hope.model import Hope
 from torch_backend import Optimizer
 
 LEARNING_RATES = {"m3": 2e-2, "muon": 2e-2, "adamw": 1e-2}
 REST = 3e-3  # learning rate of embedding, head, vectors and memories beside a matrix rule
 PROMPT = b"\nimport "
-MODEL = Config()
-SMALL = Config(width=32, layers=2, heads=2, memory_width=16, cms_width=64, chunk=16, slow_chunk=32)
+MODEL = Config(inner=LINEAR)
+SMALL = replace(
+    MODEL, width=32, layers=2, heads=2, memory_width=16, cms_width=64, chunk=16, slow_chunk=32
+)
+VARIANTS = {
+    "titans": {},
+    "mlp": {"inner": Learning()},
+    "attention": {"mixer": "attention"},
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, help=f"default: {LEARNING_RATES}")
     p.add_argument("--steps", type=int, help=f"default: {Settings.steps}; with --quick, 40")
     p.add_argument("--seed", type=int, default=0, help="of weights, batches and the sample")
-    p.add_argument("--variant", choices=("titans", "attention"), default="titans")
+    p.add_argument(
+        "--variant",
+        choices=tuple(VARIANTS),
+        default="titans",
+        help="mlp: memories as in Eq. 89 and 93; titans: linear ones (default); attention",
+    )
     p.add_argument("--threads", type=int, default=1, help="default: 1; more only on idle cores")
     p.add_argument("--out", type=Path, help="folder (default: runs/hope/VARIANT-OPTIMIZER)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -99,7 +112,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     if args.threads < 1:
         raise ValueError(f"--threads {args.threads}: at least 1")
     common = {"optimizer": args.optimizer, "seed": args.seed, "lr": LEARNING_RATES[args.optimizer]}
-    model = replace(size, mixer=args.variant)
+    model = replace(size, **VARIANTS[args.variant])
     return Settings(model=model, **{**common, **quick, **given})
 
 
@@ -124,7 +137,8 @@ def train(
         about = {"optimizer": settings.optimizer, "lr": settings.lr, "params": count}
         log.write({**corpus.record(), **about, "torch": torch.__version__})
     print(f"{corpus.description}: {corpus.size:,} bytes, some held out, seed {settings.seed}")
-    print(f"Hope ({settings.model.mixer}), {count / 1e6:.2f} M parameters, {settings.optimizer}")
+    kind = settings.model.inner.structure if settings.model.mixer == "titans" else "attention"
+    print(f"Hope ({kind}), {count / 1e6:.2f} M parameters, {settings.optimizer}")
 
     progress = report.Progress(settings.steps, settings.batch * settings.length, start=step)
     every = max(1, settings.steps // settings.evaluations)
@@ -200,8 +214,9 @@ def make_optimizer(model: Parts, name: str, lr: float) -> Optimizer:
     for period, parameters in [(1, other), *levels]:
         matrices = [p for p in parameters if id(p) in hidden]
         rest = [p for p in parameters if id(p) not in hidden]
-        groups.append({"params": matrices, "rule": matrix, "every": period, "weight_decay": 0.1})
-        groups.append({"params": rest, "rule": adamw, "every": period, "weight_decay": 0.0})
+        by_matrix = {"params": matrices, "rule": matrix, "seen_as": "stacked", "weight_decay": 0.1}
+        by_entry = {"params": rest, "rule": adamw, "weight_decay": 0.0}
+        groups += [{**group, "every": period} for group in (by_matrix, by_entry)]
     return Optimizer(groups)
 
 

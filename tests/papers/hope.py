@@ -89,16 +89,16 @@ def titans(p, x, config) -> np.ndarray:
     rule, names = config.inner, (*config.adaptive, "memory")
     heads, d = config.heads, config.width // config.heads
     how = {"objective": rule.objective, "delta": rule.delta, "exact": rule.exact}
-    streams = [
-        x if name in config.adaptive else x @ p[f"project.{name}.weight"].T
-        for name in ("query", "key", "value")
-    ]
-    mixed = convolution(np.concatenate([*streams, x], 1), p["convolution.taps"])
+    streams = []
+    for name in ("query", "key", "value", "gates"):
+        plain = not config.projected and (name == "gates" or name in config.adaptive)
+        streams.append(x if plain else x @ p[f"project.{name}.weight"].T)
+    mixed = convolution(np.concatenate(streams, 1), p["convolution.taps"])
     rows = unit(mixed.reshape(len(x), 4, heads, d))
     initial = [p[f"initial.{i}"] for i in range(2 if rule.structure == "mlp" else 1)]
     outputs = np.zeros((len(x), heads, d))
     for h in range(heads):
-        now = {name: [w[h, i].T for w in initial] for i, name in enumerate(names)}
+        now = {name: [w[h * len(names) + i].T for w in initial] for i, name in enumerate(names)}
         speed = {name: [np.zeros_like(w) for w in memory] for name, memory in now.items()}
         start = dict(now)
 
