@@ -88,7 +88,10 @@ def _mad(about: str, make: Callable[..., Task], **quick: Any) -> Preset:
 def _needle(kind: str, about: str) -> Preset:
     sizes: dict[Size, Scale] = {
         "quick": Scale(TINY, 10, 4, {"length": 112, "tests": 2, "kind": kind}),
-        "cpu": Scale(_model(64, 2, 4, 32), 800, 8, {"length": 256, "kind": kind}),
+        # Only what is asked has a loss: a small model has no time to learn all text.
+        "cpu": Scale(
+            *(_model(64, 2, 4, 32), 1200, 16), {"length": 128, "asked_only": True, "kind": kind}
+        ),
         "gpu": Scale(_model(256, 4, 4, 64), 3000, 32, {"length": 512, "tests": 100, "kind": kind}),
     }
     return Preset(about, tasks.Needle, sizes, text=True)
@@ -97,7 +100,10 @@ def _needle(kind: str, about: str) -> Preset:
 def _recall(about: str, **given: Any) -> Preset:
     sizes: dict[Size, Scale] = {
         "quick": Scale(TINY, 10, 8, {"pairs": 4, "vocabulary": 64, "length": 32, **given}),
-        "cpu": Scale(_model(64, 2, 1, 32), 1000, 64, {"pairs": 16, **given}),
+        "cpu": Scale(
+            *(_model(64, 2, 2, 32, slow_chunk=32), 800, 64),
+            {"pairs": 16, "vocabulary": 256, "length": 64, **given},
+        ),
         "gpu": Scale(
             *(_model(128, 2, 1, 64), 8000, 256),
             {"pairs": 16, "vocabulary": 8192, "length": 256, **given},
