@@ -97,12 +97,13 @@ def _needle(kind: str, about: str) -> Preset:
     return Preset(about, tasks.Needle, sizes, text=True)
 
 
-def _recall(about: str, **given: Any) -> Preset:
+def _recall(about: str, updates: int = 0) -> Preset:
+    given = {"updates": updates}
     sizes: dict[Size, Scale] = {
         "quick": Scale(TINY, 10, 8, {"pairs": 4, "vocabulary": 64, "length": 32, **given}),
         "cpu": Scale(
             *(_model(64, 2, 2, 32, slow_chunk=32), 800, 64),
-            {"pairs": 16, "vocabulary": 256, "length": 64, **given},
+            {"pairs": 16, "vocabulary": 256, "length": 64 + 4 * updates, **given},
         ),
         "gpu": Scale(
             *(_model(128, 2, 1, 64), 8000, 256),
