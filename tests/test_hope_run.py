@@ -239,6 +239,28 @@ def test_a_finished_trial_is_not_repeated(tmp_path: Path) -> None:
         training.run(TRIAL, tmp_path, MAKERS)
 
 
+def test_a_trial_under_way_elsewhere_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / TRIAL.id()
+    folder.mkdir()
+    with training.alone(folder):
+        outcome = jobs.work([TRIAL], tmp_path, MAKERS)
+        assert "belongs to another process that trains the same" in outcome.errors[TRIAL.id()]
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert not jobs.work([TRIAL], tmp_path, MAKERS).errors
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_preset_can_be_made(name: str) -> None:
+    for scale in presets.PRESETS[name].sizes.values():
+        # Fifty thousand numbers in six languages take long, and are made as five thousand are.
+        options = {k: v for k, v in scale.options.items() if k != "numbers"}
+        task = presets.make_task(name, options)
+        answers = {"vocabulary": task.vocabulary, "outputs": task.outputs}
+        with torch.device("meta"):
+            for model in presets.model_names():
+                presets.make_model(model, presets.configuration(model, scale.model | answers))
+
+
 def test_every_setting_but_the_label_makes_another_trial() -> None:
     assert replace(TRIAL, label="b").id() == TRIAL.id()
     changed = [
@@ -283,7 +305,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert "step 8 is not saved: No space left on device; the checkpoint saved before" in message
     assert path.read_bytes() == before
     assert sorted(p.name for p in path.parent.iterdir()) == [
-        *("checkpoint.pt", "log.jsonl", "settings.json")
+        *("checkpoint.pt", "lock", "log.jsonl", "settings.json")
     ]
     monkeypatch.undo()
     assert jobs.work([TRIAL], tmp_path, MAKERS).results[TRIAL.id()]["status"] == "finished"

@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from random import Random
 
@@ -553,7 +554,7 @@ def test_intents_come_in_parts_and_are_held_out_by_sentence():
             assert asked == [len(sentence.encode()) - 1]
             assert stream.classes[targets[asked[0]]] == train[sentence]
     assert len(set(everywhere)) == len(everywhere)
-    joint = next(stream.joint(512, 0)).targets.max(1).values
+    joint = next(replace(stream, joint=True).batches(0, 512, 0)).targets.max(1).values
     assert len(joint.unique()) > 0.9 * stream.outputs
 
 
@@ -625,7 +626,8 @@ def test_training_rows_are_whole_lines_of_the_language():
             number = int(re.match(r"de (\d+) = ", line)[1])
             assert line == f"de {number} = {num2words(number, lang='de')}"
             assert f"de {number} = " not in held_out
-    mixed = bytes(next(stream.joint(50, 0)).inputs.flatten().tolist())
+    joint = replace(stream, joint=True)
+    mixed = bytes(next(joint.batches(0, 50, 0)).inputs.flatten().tolist())
     assert mixed.count(b"\nde ") > 30 and mixed.count(b"\nja ") > 30
 
 

@@ -3,7 +3,8 @@
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,23 +34,44 @@ def run(
     """The result of a trial, from its folder if it is there; None if `stop` ended it before.
 
     A checkpoint is written every `interval` seconds and at a stop, and the trial goes on from it.
+    Raises OSError where another process is at the same trial.
     tell: is given the steps done, at first those of the checkpoint, and their loss in nats.
     """
     done = finished(folder)
     if done is not None:
         return done
     folder.mkdir(parents=True, exist_ok=True)
-    for torn in folder.glob("*.part"):  # of a process that was killed while it saved
-        torn.unlink(missing_ok=True)
-    write_json(folder / "settings.json", trial.identity())
-    training = Training(trial, folder, makers)
-    tell(training.step, None)
-    if not training.learn(tell, stop, interval):
-        return None
-    tell(training.total, None)  # where it diverged, nothing is left to do either
-    result = training.result()
-    write_json(folder / "result.json", result)
-    return result
+    with alone(folder):
+        for torn in folder.glob("*.part"):  # of a process that was killed while it saved
+            torn.unlink(missing_ok=True)
+        write_json(folder / "settings.json", trial.identity())
+        training = Training(trial, folder, makers)
+        tell(training.step, None)
+        if not training.learn(tell, stop, interval):
+            return None
+        tell(training.total, None)  # where it diverged, nothing is left to do either
+        result = training.result()
+        write_json(folder / "result.json", result)
+        return result
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder, where the system has locks; OSError if another process holds it."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(
+                f"{str(folder)!r} belongs to another process that trains the same: wait for it, or "
+                "give another --out"
+            ) from None
+        yield
 
 
 class Lessons:

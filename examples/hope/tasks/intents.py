@@ -54,6 +54,7 @@ class Intents(Stream):
     least: int = 100
     tasks: int = 7
     order: int = 0  # seed of which intents come in which part
+    joint: bool = False  # learn all parts at once: what a model could reach without a stream
     name: str = field(default="intents", init=False)
     vocabulary: int = field(default=256, init=False)
     outputs: int = field(default=0, init=False)
@@ -72,15 +73,11 @@ class Intents(Stream):
         object.__setattr__(self, "parts", parts)
 
     def batches(self, part: int, batch: int, seed: int) -> Batches:
-        """Sentences of one part, drawn with replacement."""
+        """Sentences of one part, or with `joint` of all, drawn with replacement."""
         part_of(self.parts, part)
-        return Batches(stored(self._data[part][0]), batch, seed, {**self.record(), "part": part})
-
-    def joint(self, batch: int, seed: int) -> Batches:
-        """Sentences of all parts at once: what a model could reach without a stream."""
-        train = [train for train, _ in self._data]
-        both = Batch(*(torch.cat(same) for same in zip(*train, strict=True)))
-        return Batches(stored(both), batch, seed, {**self.record(), "part": "all"})
+        chosen = self._data if self.joint else self._data[part : part + 1]
+        train = Batch(*(torch.cat(same) for same in zip(*(x for x, _ in chosen), strict=True)))
+        return Batches(stored(train), batch, seed, {**self.record(), "part": part})
 
     def score(self, part: int, answer: Answer) -> float:
         """Accuracy on the held-out sentences of one part, among all classes."""

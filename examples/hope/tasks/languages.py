@@ -51,6 +51,7 @@ class Languages(Stream):
     length: int = 128  # bytes of a training row
     numbers: int = 5_000  # drawn from 0 … LIMIT − 1
     tests: int = 200  # held-out lines of a language that are scored, at most
+    joint: bool = False  # learn all at once: what a model could reach without a stream
     name: str = field(default="", init=False)
     vocabulary: int = field(default=256, init=False)
     outputs: int = field(default=256, init=False)
@@ -71,12 +72,25 @@ class Languages(Stream):
         assert self._lines  # raises where a package or a language is missing
 
     def batches(self, part: int, batch: int, seed: int) -> Batches:
-        """Rows of whole lines in random order, the last one cut; all next bytes are asked."""
-        return self._batches([part_of(self.parts, part)], batch, seed)
+        """Rows of whole lines of one language, or with `joint` of all, in random order.
 
-    def joint(self, batch: int, seed: int) -> Batches:
-        """Rows with lines of all languages: what a model could reach without a stream."""
-        return self._batches(list(self.parts), batch, seed)
+        The last line of a row is cut; all next bytes are asked.
+        """
+        own = part_of(self.parts, part)
+        chosen = self.parts if self.joint else (own,)
+        lines = [_line(*pair) for language in chosen for pair in self._lines[language][0]]
+        table, lengths = padded(lines)
+        # So many lines that the shortest fill a row.
+        count = -(-(self.length + 1) // int(lengths.min()))
+        reach = torch.arange(table.shape[1])
+
+        def draw(generator: torch.Generator, batch: int) -> Batch:
+            chosen = torch.randint(len(table), (batch, count), generator=generator)
+            kept = reach < lengths[chosen][..., None]
+            text = pack(table[chosen].flatten(1).long(), kept.flatten(1), self.length + 1, 0)
+            return Batch(text[:, :-1], text[:, 1:])
+
+        return Batches(draw, batch, seed, {**self.record(), "part": ", ".join(chosen)})
 
     def score(self, part: int, answer: Answer) -> float:
         """Bits per byte of the held-out words of one language."""
@@ -91,21 +105,6 @@ class Languages(Stream):
         sizes["languages"] = list(self.languages)
         package = "num2words" if self.kind == "numbers" else "emoji"
         return {**sizes, package: version(package), "sha256": self._sha256}
-
-    def _batches(self, chosen: list[str], batch: int, seed: int) -> Batches:
-        lines = [_line(*pair) for language in chosen for pair in self._lines[language][0]]
-        table, lengths = padded(lines)
-        # So many lines that the shortest fill a row.
-        count = -(-(self.length + 1) // int(lengths.min()))
-        reach = torch.arange(table.shape[1])
-
-        def draw(generator: torch.Generator, batch: int) -> Batch:
-            chosen = torch.randint(len(table), (batch, count), generator=generator)
-            kept = reach < lengths[chosen][..., None]
-            text = pack(table[chosen].flatten(1).long(), kept.flatten(1), self.length + 1, 0)
-            return Batch(text[:, :-1], text[:, 1:])
-
-        return Batches(draw, batch, seed, {**self.record(), "part": ", ".join(chosen)})
 
     def _test(self, part: int) -> Batch:
         return first(self._tests[part_of(self.parts, part)], self.tests)
