@@ -329,7 +329,9 @@ class _Products:
     @classmethod
     def of(cls, column: Expr) -> _Products:
         logs = log(maximum(column, SMALLEST))
-        return cls(logs, array("lower", (column.shape[0],) * 2) @ logs)
+        # A sum of products, for torch's autocast would round the operands of a matrix product.
+        until = sum_(array("lower", (column.shape[0],) * 2) * logs.mT, (-1,))
+        return cls(logs, until)
 
     @property
     def before(self) -> Expr:

@@ -106,8 +106,8 @@ class Toy(nn.Module):
         self.calls += self.training
         return self.head(x + self.level(x)) * (math.inf if self.blow_up and self.calls == 4 else 1)
 
-    def hidden_matrices(self) -> list[Tensor]:
-        return [self.level.weight]
+    def hidden_matrices(self) -> dict[str, list[Tensor]]:
+        return {"stacked": [self.level.weight]}
 
     def cms_levels(self) -> list[tuple[int, list[Tensor]]]:
         return [(3, [*self.level.parameters()])]
@@ -515,8 +515,8 @@ class Tokens(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.embedding(tokens))
 
-    def hidden_matrices(self) -> list[Tensor]:
-        return []
+    def hidden_matrices(self) -> dict[str, list[Tensor]]:
+        return {}
 
     def cms_levels(self) -> list[tuple[int, list[Tensor]]]:
         return []

@@ -97,6 +97,8 @@ class Torch(Arrays[Any]):
         return torch.amax(a, dim=axes, keepdim=True)
 
     def solve(self, a: Any, b: Any, lower: bool, upper: bool) -> Any:
+        if a.dtype.itemsize < 4:  # solvers know no narrower numbers
+            return self.solve(a.float(), b.float(), lower, upper).to(a.dtype)
         if lower or upper:
             if a.ndim == b.ndim > 2 and a.shape[-3] == 1 < b.shape[-3]:
                 # One system for several right sides: next to each other they are one.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from examples.hope.config import EPSILON, Config
 from examples.hope.inner import Gates, InnerRule, Memories, unit
-from examples.hope.mixers import ShortConvolution, attend, pieces
+from examples.hope.mixers import Fused, ShortConvolution, attend, pieces
 
 PERSISTENT = 4  # learnt rows that every segment of Titans attends to
 
@@ -22,7 +22,7 @@ class SwiGLU(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.width, eps=EPSILON)
-        self.up = nn.Linear(config.width, 2 * config.cms_width, bias=False)
+        self.up = Fused(config.width, config.cms_width, 2)
         self.down = nn.Linear(config.cms_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class RotaryAttention(nn.Module):
         super().__init__()
         refuse_odd(config)
         self.heads = config.heads
-        self.project = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.project = Fused(config.width, config.width, 3)
 
     def forward(
         self, x: Tensor, state: Any = None, keep: bool = False, report: Any = None
@@ -76,11 +76,11 @@ class RotaryAttention(nn.Module):
 
 
 class GatedDelta(nn.Module):
-    """A gated delta-rule net: M ← M(αI - ηkkᵀ) + ηvkᵀ, read after the write.
+    """A gated delta-rule net: M ← αM(I - βkkᵀ) + αβvkᵀ, read after the write.
 
     The linear memory of Hope with the dot objective and everything static, M starting from zero
-    (Gated DeltaNet, arXiv 2412.06464, whose α also scales what is erased). η in (0, 2) lets the
-    memory change sign along a key, which state tracking needs (arXiv 2411.12537).
+    (Gated DeltaNet, arXiv 2412.06464, whose α does not scale what is written). β in (0, 2) lets
+    the memory change sign along a key, which state tracking needs (arXiv 2411.12537).
     """
 
     gated = True
@@ -89,7 +89,7 @@ class GatedDelta(nn.Module):
         super().__init__()
         self.heads, self.chunk = config.heads, config.chunk
         self.rule = InnerRule(structure="linear", objective="dot", exact=False)
-        self.project = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.project = Fused(config.width, config.width, 3)
         self.convolution = ShortConvolution(3 * config.width)
         self.gates = nn.Linear(config.width, 2 * config.heads)
         nn.init.zeros_(self.gates.bias)
@@ -107,8 +107,8 @@ class GatedDelta(nn.Module):
         rows = F.silu(rows).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = unit(rows[0]), unit(rows[1]), rows[2]
         rate, step = self.gates(x).view(batch, length, 2, self.heads, 1).permute(2, 0, 3, 1, 4)
-        rate = 2 * torch.sigmoid(rate)
         retention = torch.exp(-F.softplus(step + self.decay.view(-1, 1, 1)))
+        rate = retention * 2 * torch.sigmoid(rate)
         if memory is None:
             d = v.shape[-1]
             memory = self.rule.begin((v.new_zeros(()).expand(batch, self.heads, d, d),))
@@ -121,9 +121,10 @@ class GatedDelta(nn.Module):
 
 
 class SegmentsState(NamedTuple):
-    """What Titans carry: the rows of the unfinished segment, and the memory."""
+    """What Titans carry: rows of the convolution and of the unfinished segment, and the memory."""
 
     position: int
+    tail: Tensor | None
     keys: Tensor  # [B, H, rows, d], two for every token
     values: Tensor
     memory: Memories
@@ -136,8 +137,8 @@ class Segments(nn.Module):
     tokens, and to itself; the memory then learns from the outputs y by gradient descent with
     momentum and forgetting, and y ⊙ m(y) is the answer. Ours: a token sees its own and earlier
     answers only, and m is the memory just after y was written, so that nothing looks ahead; one
-    memory a head; rates of exact steps, a segment's at most one together; a token forgets a tenth
-    of the memory at most.
+    memory a head; rates of exact steps, a segment's at most one together, also over the time that
+    momentum goes on; a token forgets a tenth of the memory at most.
     """
 
     gated = False
@@ -151,10 +152,12 @@ class Segments(nn.Module):
             config.chunk,
             InnerRule(delta=False, momentum=True),
         )
-        self.project = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.learn = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.project = Fused(config.width, config.width, 3)
+        self.learn = Fused(config.width, config.width, 3)
+        self.convolution = ShortConvolution(3 * config.width)
         self.gates = nn.Linear(config.width, 3 * heads)
-        nn.init.zeros_(self.gates.bias)
+        # Of rate, forgetting and momentum; forgetting starts as in Hope.
+        self.gates.bias = nn.Parameter(torch.tensor([0.0, -3.0, 0.0]).repeat_interleave(heads))
         self.persistent = nn.Parameter(torch.randn(2, heads, PERSISTENT, d) * 0.3)
         first = torch.randn(heads, d, hidden)
         second = torch.randn(heads, hidden, d) / (hidden * d) ** 0.5
@@ -168,7 +171,7 @@ class Segments(nn.Module):
         if state is None:
             memory = self.rule.begin(tuple(p.expand(batch, *p.shape) for p in self.initial))
             empty = x.new_zeros(batch, self.heads, 0, self.persistent.shape[-1])
-            state = SegmentsState(0, empty, empty, memory)
+            state = SegmentsState(0, None, empty, empty, memory)
         answers = []
         for (rows,), _ in pieces(state.position, self.size, x):
             answer, state = self.segment(rows, state)
@@ -178,7 +181,8 @@ class Segments(nn.Module):
     def segment(self, x: Tensor, state: SegmentsState) -> tuple[Tensor, SegmentsState]:
         """Rows that lie within one segment."""
         batch, new, _ = x.shape
-        q, k, v = self.split(self.project(x))
+        rows, tail = self.convolution(self.project(x), state.tail)
+        q, k, v = self.split(rows)
         memory, place = state.memory, state.position % self.size
         recalled = self.rule.read(memory.start, unit(q))
         q = rotate(q, place)
@@ -196,16 +200,18 @@ class Segments(nn.Module):
         )
         flat = y.transpose(1, 2).flatten(2)
         query, key, value = self.split(self.learn(flat))
-        gates = self.gates(flat).view(batch, new, 3, self.heads, 1).permute(2, 0, 3, 1, 4)
+        # In float32 under autocast, where a retention would be rounded to 1.
+        gates = self.gates(flat).to(torch.promote_types(x.dtype, torch.float32))
+        gates = gates.view(batch, new, 3, self.heads, 1).permute(2, 0, 3, 1, 4)
         rate, forget, momentum = torch.sigmoid(gates)
         # All gradients of a segment are taken at its start: their sum must not overshoot.
-        learnt = Gates(1 - 0.1 * forget, rate / self.size, momentum)
+        learnt = Gates(1 - 0.1 * forget, rate * (1 - momentum) / self.size, momentum)
         rows = unit(key), unit(value), learnt, unit(query)
         memory, answer = self.rule.write(memory, *rows, after=True)
         position = state.position + new
         if position % self.size == 0:
             memory, keys, values = memory.next_chunk(), keys[:, :, :0], values[:, :, :0]
-        left = SegmentsState(position, keys, values, memory)
+        left = SegmentsState(position, tail, keys, values, memory)
         return (y * answer).transpose(1, 2), left
 
     def split(self, x: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ class ContinuumMemory(nn.Module):
         next slower one has been updated, from a state that this slower level learns. The paper
         differentiates through the faster level's steps; here the gradient of the start is the one
         at the faster level's present state (first order, ours), and a level that begins again
-        itself keeps the start that it has learnt (ours). Call `before_step` and `after_step`
+        itself keeps the start that it has learnt (ours), and what the optimizer remembers of a
+        level goes on where the level begins again. Call `before_step` and `after_step`
         around the optimizer's step.
     """
 

@@ -17,7 +17,7 @@ class Config:
     """Sizes of a model, and what is switched off or on in it.
 
     chunk, slow_chunk: tokens between the writes of "memory" and of the memories that generate;
-        the second is a multiple of the first.
+        the second is a multiple of the first, which is also the segment of Titans.
     periods: optimizer steps between the updates of each CMS level, highest frequency first.
     mixer: "titans" (self-modifying, §8), "attention" (Hope-Attention), and the baselines "rotary",
         "delta" and "segments" of `examples.hope.baselines`.
@@ -30,8 +30,10 @@ class Config:
         whole row; without it a head sees its own channels (the paper has one head, and none).
     own_values: each memory makes its own values, m(v), instead of being given v (Eq. 84).
     unit_values: values have length one, as keys and queries always have (ours).
-    forget: the largest share of a memory that a token may erase; 0 switches retention off.
-    rate_cap: the largest inner learning rate; below about half of it, it is softplus.
+    forget: the largest share of a memory that a token may erase; 0 switches retention off, and
+        with it the memory that generates it.
+    rate_cap: the largest inner learning rate; far below it, a rate is softplus. One above 1 is
+        that of a memory that forgets nothing: with retention α a rate is (1 + α)/2 as large.
     checkpoint: recompute each slow chunk in the backward pass instead of keeping it.
     vocabulary, outputs: distinct tokens, and classes of an answer (0: as many as tokens).
     """
@@ -67,12 +69,20 @@ class Config:
     def sharers(self, size: int) -> int:
         """How many rows of a chunk of `size` share one learning rate.
 
-        Without delta nothing is erased between the rows, and their gradients, all taken at the
-        chunk's start, would overshoot together (ours).
+        Without delta nothing is erased between the rows, and gradients that are all taken at the
+        chunk's start would overshoot together (ours). Those of a linear memory under the dot
+        product are the same wherever they are taken.
         """
-        return 1 if self.inner.delta else size
+        alike = self.inner.structure == "linear" and self.inner.objective == "dot"
+        return 1 if self.inner.delta or alike else size
 
     def __post_init__(self) -> None:
+        if not self.forget:
+            generated = tuple(name for name in self.adaptive if name != "retention")
+            object.__setattr__(self, "adaptive", generated)
+        for name in ("width", "layers", "heads", "memory_width", "chunk", "slow_chunk"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} {getattr(self, name)!r}: a whole number is asked for")
         if self.width < 1 or self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.chunk < 1 or self.slow_chunk < 1 or self.slow_chunk % self.chunk:
@@ -95,7 +105,7 @@ class Config:
             raise ValueError(f"forget {self.forget}: a share of a memory lies in [0, 1]")
         if not 0 < self.rate_cap < math.inf:
             raise ValueError(f"rate_cap {self.rate_cap}: a learning rate is positive and finite")
-        if not self.periods or any(p < 1 for p in self.periods):
+        if not self.periods or any(not isinstance(p, int) or p < 1 for p in self.periods):
             raise ValueError(f"periods {self.periods}: one step or more for each of the levels")
         if sorted(self.periods) != list(self.periods):
             raise ValueError(f"periods {self.periods}: the highest frequency comes first (Fig. 5)")

@@ -139,9 +139,12 @@ def generate(parameters: Parameters, generators: Memories, streams: Array, confi
     if config.forget:
         gate = found["retention"] @ parameters["retention"] + parameters["retention_bias"]
         retention = 1 - config.forget * jax.nn.sigmoid(gate)
+    if config.rate_cap > 1:
+        rate = rate * (1 + retention) / 2
     if config.inner.momentum:
         gate = streams[3] @ parameters["momentum"] + parameters["momentum_bias"]
         momentum = jax.nn.sigmoid(gate)
+        rate = rate * (1 - momentum)
     value = unit(found["value"]) if config.unit_values else found["value"]
     return Rows(unit(found["query"]), unit(found["key"]), value, retention, rate, momentum)
 

@@ -108,7 +108,8 @@ def init(key: Array, config: Config) -> Parameters:
         mixer = {"initial": memories(), "convolution": {"taps": taps}}
         maps = {name: matrix(width, width) for name in config.maps}
         mixer |= {"project": maps} if maps else {}
-        mixer |= gate("rate") | gate("retention", -3.0)
+        mixer |= gate("rate")
+        mixer |= gate("retention", -3.0) if config.forget else {}
         mixer |= gate("momentum") if config.inner.momentum else {}
         levels: Parameters = {"levels": {str(i): level() for i in range(len(config.periods))}}
         if config.cms == "independent":

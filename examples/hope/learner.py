@@ -77,6 +77,8 @@ class Learner:
                 f"tokens of shape {tuple(tokens.shape)}: a whole number of segments of "
                 f"{self.segment} in a row"
             )
+        if tokens.is_floating_point():
+            raise ValueError(f"tokens of {tokens.dtype}: bytes, or whole numbers from 0 to 255")
         tokens = tokens.to(self._last)
         total = sum(self._segment(piece) for piece in tokens.split(self.segment))
         return total / len(tokens) / math.log(2)

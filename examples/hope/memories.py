@@ -26,7 +26,8 @@ class Learning:
     delta: delta gradient descent, which erases along k before it writes (Eq. 88); without it the
         write is gradient descent, in Hope at η over the length of the chunk.
     exact: each token has the rate of the exact delta step, η / (1 + η‖k‖²); without it η itself.
-    momentum: gradients go through a velocity first (Titans; in the paper's ablation only).
+    momentum: gradients go through a velocity first (Titans). The paper's ablation counts it
+        among the parts of Hope, its equations do not.
     """
 
     structure: Literal["mlp", "linear"] = "mlp"

@@ -19,6 +19,14 @@ from examples.hope.inner import Gates, InnerRule, Memories, unit
 CONVOLUTION = 4  # taps
 
 
+class Fused(nn.Linear):
+    """Several linear maps of the same rows, next to each other; a matrix rule takes each alone."""
+
+    def __init__(self, inputs: int, outputs: int, count: int) -> None:
+        super().__init__(inputs, count * outputs, bias=False)
+        self.count = count
+
+
 class ShortConvolution(nn.Module):
     """A causal convolution over the last few tokens, one filter per channel."""
 
@@ -54,8 +62,8 @@ class TitansState(NamedTuple):
 class SelfModifyingTitans(nn.Module):
     """Memories that generate their own keys, values, learning rates and retentions (Eq. 83-88).
 
-    Everything that enters a memory lies on the unit sphere; together with the rates of exact
-    delta steps this bounds every write (ours).
+    Everything that enters a memory lies on the unit sphere, and with rates up to 2 the map
+    αI - ηkkᵀ, through which a linear memory is erased, never expands (ours).
     """
 
     gated = True
@@ -82,8 +90,9 @@ class SelfModifyingTitans(nn.Module):
         # A linear head each that turns a row into a scalar.
         self.rate = nn.Parameter(torch.randn(heads, d, 1))
         self.rate_bias = nn.Parameter(torch.zeros(heads, 1, 1))
-        self.retention = nn.Parameter(torch.randn(heads, d, 1))
-        self.retention_bias = nn.Parameter(torch.full((heads, 1, 1), -3.0))
+        if config.forget:
+            self.retention = nn.Parameter(torch.randn(heads, d, 1))
+            self.retention_bias = nn.Parameter(torch.full((heads, 1, 1), -3.0))
         if self.rule.momentum:
             self.momentum = nn.Parameter(torch.randn(heads, d, 1))
             self.momentum_bias = nn.Parameter(torch.zeros(heads, 1, 1))
@@ -191,8 +200,11 @@ class SelfModifyingTitans(nn.Module):
         if config.forget:
             gate = found["retention"] @ self.retention + self.retention_bias
             retention = 1 - config.forget * torch.sigmoid(gate)
+        if cap > 1:
+            rate = rate * (1 + retention) / 2  # |α - η| ≤ 1 wherever the cap is at most 2
         if self.rule.momentum:
             momentum = torch.sigmoid(rows[3] @ self.momentum + self.momentum_bias)
+            rate = rate * (1 - momentum)  # a gradient moves the memory by η in all
         value = unit(found["value"]) if config.unit_values else found["value"]
         return unit(found["query"]), unit(found["key"]), value, Gates(retention, rate, momentum)
 
@@ -212,7 +224,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.heads = config.heads
-        self.project = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.project = Fused(config.width, config.width, 3)
         self.convolution = ShortConvolution(3 * config.width)
 
     def forward(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from examples.hope.baselines import GatedDelta, RotaryAttention, Segments, SwiGLU
 from examples.hope.cms import ContinuumMemory, Levels
 from examples.hope.config import EPSILON, Config
-from examples.hope.mixers import Attention, SelfModifyingTitans
+from examples.hope.mixers import Attention, Fused, SelfModifyingTitans
 
 MIXERS = {
     "titans": SelfModifyingTitans,
@@ -65,10 +65,16 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, report: list[Tensor] | None = None) -> Tensor:
         """Logits from the first token on; `report` gathers norms of inner gradients."""
-        x = self.embedding(tokens)
+        x = self.rows(tokens)
         for block in self.blocks:
             x, _ = block(x, report=report)
         return self.head(self.norm(x))
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """What the first block reads; ValueError where there is nothing to read."""
+        if not tokens.shape[-1]:
+            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: at least one in a row")
+        return self.embedding(tokens)
 
     def stream(self, tokens: Tensor, state: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
         """Logits of the tokens that follow those that left `state`, and the state after them.
@@ -76,18 +82,25 @@ class LanguageModel(nn.Module):
         Whatever the pieces, the logits are those of one call of the whole. The state of every
         mixer but attention has a fixed size.
         """
-        x, states = self.embedding(tokens), []
+        x, states = self.rows(tokens), []
         for i, block in enumerate(self.blocks):
             x, new = block(x, None if state is None else state[i], keep=True)
             states.append(new)
         return self.head(self.norm(x)), states
 
-    def hidden_matrices(self) -> list[Tensor]:
-        """What a matrix rule is for: the linear maps between embedding and head [rows, columns],
-        and where memories start, stacks of them [count, rows, columns]."""
-        parts = list(self.blocks.modules())
-        maps = [part.weight for part in parts if isinstance(part, nn.Linear)]
-        return maps + [p for part in parts for p in getattr(part, "initial", ())]
+    def hidden_matrices(self) -> dict[str, list[Tensor]]:
+        """What a matrix rule is for, by how it should see them (`seen_as` of a parameter group).
+
+        The linear maps between embedding and head, and stacks of matrices where memories start.
+        Gates, which have a bias, are one vector a head.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for part in self.blocks.modules():
+            found.setdefault("stacked", []).extend(getattr(part, "initial", ()))
+            if isinstance(part, nn.Linear) and part.bias is None:
+                view = f"split:{part.count}" if isinstance(part, Fused) else "stacked"
+                found.setdefault(view, []).append(part.weight)
+        return found
 
     def continuum(self) -> list[ContinuumMemory]:
         """The continuum memory of each block; empty in a baseline."""

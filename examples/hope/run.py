@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from examples.hope import plan, presets, train
+from examples.hope import models, plan, presets, train
 from examples.hope.plan import Contender, Plan
 from examples.hope.study import Makers
 
@@ -139,6 +139,7 @@ def contenders(
     found = []
     for label in args.models:
         model, settings = presets.row(label)
+        models.check_read(model, settings)
         fallback = given.get(None, own.get(model, train.LEARNING_RATES[args.optimizer]))
         lr = given.get(label, given.get(model, fallback))
         unused -= {label, model}

@@ -193,11 +193,11 @@ def train(
 
 
 class Parts(Protocol):
-    """A model that says which of its parameters are hidden matrices and which are CMS levels."""
+    """A model that says what of it is hidden matrices, by `seen_as`, and what is CMS levels."""
 
     def parameters(self) -> Iterator[Parameter]: ...
 
-    def hidden_matrices(self) -> list[Tensor]: ...
+    def hidden_matrices(self) -> dict[str, list[Tensor]]: ...
 
     def cms_levels(self) -> list[tuple[int, list[Tensor]]]: ...
 
@@ -209,14 +209,17 @@ def make_optimizer(model: Parts, name: str, lr: float) -> Optimizer:
     levels = model.cms_levels()
     in_levels = {id(p) for _, parameters in levels for p in parameters}
     other = [p for p in model.parameters() if id(p) not in in_levels]
-    hidden = {id(p) for p in model.hidden_matrices()}
+    views = model.hidden_matrices()
+    hidden = {id(p): view for view, parameters in views.items() for p in parameters}
     groups: list[dict[str, Any]] = []
     for period, parameters in [(1, other), *levels]:
-        matrices = [p for p in parameters if id(p) in hidden]
+        clock = {"every": period}
+        for view in views:
+            matrices = [p for p in parameters if hidden.get(id(p)) == view]
+            own = {"params": matrices, "rule": matrix, "seen_as": view, "weight_decay": 0.1}
+            groups.append(own | clock)
         rest = [p for p in parameters if id(p) not in hidden]
-        by_matrix = {"params": matrices, "rule": matrix, "seen_as": "stacked", "weight_decay": 0.1}
-        by_entry = {"params": rest, "rule": adamw, "weight_decay": 0.0}
-        groups += [{**group, "every": period} for group in (by_matrix, by_entry)]
+        groups.append({"params": rest, "rule": adamw, "weight_decay": 0.0} | clock)
     return Optimizer(groups)
 
 

@@ -119,8 +119,11 @@ def titans(p, x, config) -> np.ndarray:
             alpha, theta = 1.0, 0.0
             if config.forget:
                 alpha = 1 - config.forget * sigmoid(scalar("retention", made["retention"]))
+            if cap > 1:
+                eta *= (1 + alpha) / 2
             if rule.momentum:
                 theta = sigmoid(scalar("momentum", rows[t, 3, h]))
+                eta *= 1 - theta
             outputs[t, h] = answer(now["memory"], q)
             for name in names:
                 target = v
@@ -128,7 +131,8 @@ def titans(p, x, config) -> np.ndarray:
                     target = answer(start[name], v)
                     target = unit(target) if config.unit_values else target
                 size = config.chunk if name == "memory" else config.slow_chunk
-                rate = eta if rule.delta else eta / size
+                linear_dot = rule.structure == "linear" and rule.objective == "dot"
+                rate = eta if rule.delta or linear_dot else eta / size
                 now[name], speed[name] = step(
                     now[name], speed[name], start[name], k, target, alpha, rate, theta, **how
                 )

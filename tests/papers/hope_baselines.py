@@ -58,7 +58,7 @@ def convolved(p, x, heads) -> np.ndarray:
 
 
 def gated_delta(p, x, heads) -> np.ndarray:
-    """M <- M (alpha I - eta k kᵀ) + eta v kᵀ from zero, then M q."""
+    """M <- alpha M (I - beta k kᵀ) + alpha beta v kᵀ from zero, then M q."""
     rows = silu(convolution(x @ p["project.weight"].T, p["convolution.taps"]))
     rows = rows.reshape(len(x), 3, heads, -1)
     gates = (x @ p["gates.weight"].T + p["gates.bias"]).reshape(len(x), 2, heads)
@@ -68,9 +68,9 @@ def gated_delta(p, x, heads) -> np.ndarray:
         M = np.zeros((d, d))
         for t in range(len(x)):
             q, k, v = unit(rows[t, 0, h]), unit(rows[t, 1, h]), rows[t, 2, h]
-            eta = 2 * sigmoid(gates[t, 0, h])
+            beta = 2 * sigmoid(gates[t, 0, h])
             alpha = np.exp(-softplus(gates[t, 1, h] + p["decay"][h]))
-            M = M @ (alpha * np.eye(d) - eta * np.outer(k, k)) + eta * np.outer(v, k)
+            M = alpha * (M @ (np.eye(d) - beta * np.outer(k, k)) + beta * np.outer(v, k))
             outputs[t, h] = M @ q
     return outputs
 
@@ -81,7 +81,8 @@ def titans_as_context(p, x, heads, size) -> np.ndarray:
     Persistent rows, what the memory of the segments before recalls, and the segment itself are
     attended to; the memory learns the outputs by S <- theta S - eta G, M <- alpha M + S.
     """
-    rows = split(p, "project", x, heads)
+    rows = convolution(x @ p["project.weight"].T, p["convolution.taps"])
+    rows = rows.reshape(len(x), 3, heads, -1)
     outputs = np.zeros_like(rows[:, 0])
     y = np.zeros_like(outputs)
     d = rows.shape[-1]
@@ -106,7 +107,7 @@ def titans_as_context(p, x, heads, size) -> np.ndarray:
                 query, key, value = unit(learnt[:, h])
                 memories[h], speeds[h] = step(
                     *(memories[h], speeds[h], starts[h], key, value),
-                    *(1 - 0.1 * forget[h], eta[h] / size, theta[h]),
+                    *(1 - 0.1 * forget[h], eta[h] * (1 - theta[h]) / size, theta[h]),
                     delta=False,
                 )
                 outputs[t, h] = y[t, h] * answer(memories[h], query)
