@@ -576,3 +576,42 @@ def test_bad_sizes_are_quoted(wrong: dict[str, Any], message: str) -> None:
 def test_bad_inner_rules_are_quoted(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Learning(**wrong)
+
+
+DELTA_MOMENTUM = [(True, False), (True, True), (False, False), (False, True)]
+BOUNDED = [
+    Learning(structure, objective, delta, exact, momentum)
+    for structure, objective, exact in [
+        *(("mlp", "l2", True), ("mlp", "dot", True), ("linear", "l2", True)),
+        *(("linear", "dot", True), ("linear", "dot", False)),
+    ]
+    for delta, momentum in DELTA_MOMENTUM
+]
+
+
+@pytest.mark.parametrize("rule", BOUNDED, ids=str)
+@pytest.mark.parametrize("gates", [0.0, 9.0])
+def test_memories_stay_bounded_over_long_texts(rule: Learning, gates: float) -> None:
+    """Fresh memories, and ones that are written and forget as fast as they may."""
+    config = replace(TINY, inner=rule, forget=0.9, rate_cap=2.0)
+    # Where nothing is erased, values add up.
+    most = 20 if rule.delta or rule.objective == "l2" else 2 * 1024
+    for x in (torch.randn(1, 1024, 8), torch.randn(1, 1, 8).expand(1, 1024, 8)):
+        mixer = SelfModifyingTitans(config)
+        with torch.no_grad():
+            mixer.rate_bias += gates
+            mixer.retention_bias += gates
+            _, state = mixer(x, keep=True)
+        assert max(p.abs().max() for p in (*state.memory.now, *state.generators.now)) < most
+
+
+@pytest.mark.parametrize("mixer", [GatedDelta, Segments])
+@pytest.mark.parametrize("gates", [0.0, 9.0])
+def test_memories_of_baselines_stay_bounded_over_long_texts(mixer: Any, gates: float) -> None:
+    for x in (torch.randn(1, 1024, 8), torch.randn(1, 1, 8).expand(1, 1024, 8)):
+        layer = mixer(TINY)
+        with torch.no_grad():
+            layer.gates.bias += gates
+            _, state = layer(x, keep=True)
+        memory = state.memory if isinstance(layer, Segments) else state[1]
+        assert max(p.abs().max() for p in memory.now) < 20

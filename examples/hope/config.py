@@ -69,12 +69,13 @@ class Config:
     def sharers(self, size: int) -> int:
         """How many rows of a chunk of `size` share one learning rate.
 
-        Without delta nothing is erased between the rows, and gradients that are all taken at the
-        chunk's start would overshoot together (ours). Those of a linear memory under the dot
-        product are the same wherever they are taken.
+        Gradients that are all taken at the chunk's start overshoot together where nothing is
+        erased between the rows, or what is erased comes back from a velocity (ours). Those of a
+        linear memory under the dot product are the same wherever they are taken.
         """
-        alike = self.inner.structure == "linear" and self.inner.objective == "dot"
-        return 1 if self.inner.delta or alike else size
+        rule = self.inner
+        alike = rule.structure == "linear" and rule.objective == "dot"
+        return 1 if alike or (rule.delta and not rule.momentum) else size
 
     def __post_init__(self) -> None:
         if not self.forget:

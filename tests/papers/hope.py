@@ -132,7 +132,8 @@ def titans(p, x, config) -> np.ndarray:
                     target = unit(target) if config.unit_values else target
                 size = config.chunk if name == "memory" else config.slow_chunk
                 linear_dot = rule.structure == "linear" and rule.objective == "dot"
-                rate = eta if rule.delta or linear_dot else eta / size
+                alone = linear_dot or (rule.delta and not rule.momentum)
+                rate = eta if alone else eta / size
                 now[name], speed[name] = step(
                     now[name], speed[name], start[name], k, target, alpha, rate, theta, **how
                 )
