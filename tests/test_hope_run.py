@@ -14,7 +14,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.hope import checkpoint, jobs, plan, presets, report, run, study, table, training
+from examples.hope import (
+    checkpoint,
+    figure,
+    jobs,
+    plan,
+    presets,
+    report,
+    run,
+    study,
+    table,
+    training,
+)
 from examples.hope.plan import Contender, Plan
 from examples.hope.study import Makers, Trial
 from examples.hope.tasks import Batch, Batches, Stream, Task
@@ -79,6 +90,7 @@ class Rounds(Stream):
     outputs: int = SYMBOLS
     parts: tuple[str, ...] = ("a", "b", "c", "d")
     better: Any = "higher"
+    joint: bool = False
 
     def batches(self, part: int, batch: int, seed: int) -> Batches:
         return Batches(rows, batch, seed, {"name": self.name, "part": part})
@@ -354,7 +366,8 @@ def test_a_study_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "accuracy (higher is better)" in page and "run me" in page and "symbols: [5]" in page
     assert "| unstable | 0 | – | – |" in page
     cells = next(x for x in page.splitlines() if x.startswith("| unstable")).split("|")
-    assert cells[-2].strip() == "2"
+    assert [cell.strip() for cell in cells[-3:-1]] == ["2", "0 of 2 (0.00 to 0.66)"]
+    assert "- settings, wide: width=9" in page and "versions of it" not in page
     assert "90/180" not in page and "180/180" in capsys.readouterr().err
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     log = report.read(tmp_path / found[1]["id"] / "log.jsonl")
@@ -395,6 +408,43 @@ def test_tuning_takes_the_best_rate_of_a_seed_that_is_not_reported(tmp_path: Pat
     assert plan._best(lower, "loss", "lower")[1]["learning rates tried, x"].endswith("at the edge")
 
 
+def test_what_fails_overwrites_nothing(tmp_path: Path) -> None:
+    """A trial that another process holds, when tuning, reporting and beginning again."""
+    asked = make_plan(tmp_path, "toy", seeds=1)
+    (first,) = plan.conduct(asked, MAKERS)
+    left = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert {path.name for path in left} >= {"results.jsonl", "summary.md", "plot.png"}
+    other = make_plan(tmp_path, "other", seeds=1)
+    trial = plan.Trials(other, MAKERS, MAKERS.task(other.task, {})).report({"other": 0.05})[0]
+    (tmp_path / trial.id()).mkdir()
+    with training.alone(tmp_path / trial.id()):
+        (stage,) = plan.conduct(other, MAKERS)
+        assert "belongs to another process" in stage.outcome.errors[trial.id()]
+        with pytest.raises(OSError, match="belongs to another process"):
+            plan.conduct(replace(other, restart=True), MAKERS)
+    with training.alone(tmp_path / first.trials[0].id()):
+        with pytest.raises(OSError, match="belongs to another process"):
+            plan.conduct(replace(asked, restart=True), MAKERS)
+    assert left == {path: path.read_bytes() for path in left}
+
+
+def test_all_parts_at_once_are_one_training(tmp_path: Path) -> None:
+    makers = replace(MAKERS, task=lambda name, options: Rounds(joint=True))
+    trial = replace(TRIAL, task="rounds", record={"name": "rounds"}, steps=5)
+    result = training.run(trial, tmp_path, makers)
+    assert result is not None and [*result["scores"]] == ["average"]
+    rates = [row["lr"] for row in report.read(tmp_path / "log.jsonl")]
+    assert rates[3:] == sorted(rates[3:], reverse=True) and rates[5] > rates[15] > rates[19]
+
+
+def test_lengths_and_depths_are_a_map() -> None:
+    scores = {"128@0": 1.0, "128@0.5": 0.5, "64@0.5": 0.1, "64@0": 0.2, "exact@64": 1.0, "8@0": 0.0}
+    (line,) = table.lines([{**result("a", 0, 0.5), "scores": scores}], "exact@64", ["a"])
+    found = figure._cells(line)
+    assert found.values == [[0.2, 0.1], [1.0, 0.5]]
+    assert (found.down, found.across) == (["64", "128"], ["0", "0.5"])
+
+
 def test_a_signal_stops_a_study_which_then_goes_on(tmp_path: Path) -> None:
     def press(trial: Trial, step: int, loss: float | None) -> None:
         if step == 5:
@@ -430,7 +480,15 @@ ROWS = [
 
 
 def test_the_table_is_the_one_computed_by_hand() -> None:
-    a, b = table.lines(ROWS, "accuracy")
+    a, b = table.lines(ROWS, "accuracy", ["a", "b", "c"], solved=0.7)
+    assert (a.solved, b.solved) == (1, 2)
+    b_first = table.lines(ROWS, "accuracy", ["b", "a"])[1]
+    assert b_first.label == "a" and b_first.difference.mean == pytest.approx(-0.25)
+    # Nothing to differ from: the first of those asked for has no rows.
+    alone = table.lines(ROWS, "accuracy", ["c", "a", "b"])
+    assert [(x.label, x.difference.mean, x.solved) for x in alone] == [
+        *(("a", None, None), ("b", None, None))
+    ]
     # Deviation 0.1, three values: t = 4.3027 for two degrees of freedom.
     assert a.scores["accuracy"].mean == pytest.approx(0.6)
     assert a.scores["accuracy"].half == pytest.approx(4.3027 * 0.1 / math.sqrt(3))
@@ -442,7 +500,10 @@ def test_the_table_is_the_one_computed_by_hand() -> None:
     assert b.scores["other"].mean == pytest.approx(1.7)
     assert b.step_ms == pytest.approx((4 + 2 + 2) / 3)
     page = table.markdown([a, b], "accuracy", "higher", {"task": {"pairs": 3}})
-    assert "| a | 3 | 0.600 ± 0.248 | – | 1,234 | 10 | 2.0 | 1.0 | 0.1 | 0 |" in page
+    assert (
+        "| a | 3 | 0.600 ± 0.248 | – | 1,234 | 10 | 2.0 | 1.0 | 0.1 | 0 | 1 of 3 (0.06 to 0.79) |"
+        in page
+    )
     assert "| other | 1.200 ± 0.497 | 1.700 ± 1.271 |" in page and "- task: pairs: 3" in page
     assert f"{table.estimate([0.5, None])}" == "0.500" and f"{table.estimate([])}" == "–"
     lines = table.csv_text([a, b], "accuracy").splitlines()
@@ -471,6 +532,19 @@ def test_the_table_is_the_one_computed_by_hand() -> None:
         (["text", "--data", "{empty}"], "holds no text"),
         (["text", "--data", "{file}"], "is too small"),
         (["mqar", "--device", "tpu"], "--device tpu: cpu or cuda"),
+        (["mqar", "--lr", "0.1", "0.2"], "--lr 0.1 0.2: two rates for all models"),
+        (["mqar", "--models", "hope:inner.delta=False"], "delta='False': true or false"),
+        (["mqar", "--models", "hope:inner=false"], "inner=False: its settings have names such as"),
+        (["mqar", "--models", "delta:forget=0"], "delta does not depend on 'forget', but on chunk"),
+        (["mqar", "--config", "periods=3"], "periods=3: a list, such as [1, 2]"),
+        (["mqar", "--config", 'periods=["1"]'], "periods='1': a whole number"),
+        (["mqar", "--config", "chunk=8.5"], "chunk=8.5: a whole number"),
+        (["mqar", "--config", "forget=true"], "forget=True: a number"),
+        (["mqar", "--config", "vocabulary=2"], "vocabulary is given by the task, 64 here"),
+        (["mqar", "--config", "mixer=delta"], "mixer 'delta': hope has 'titans'"),
+        (["mqar", "--options", "pairs=x"], "pairs='x': a whole number"),
+        (["languages-names", "--options", "languages=de"], "languages='de': a list"),
+        (["languages-names", "--options", 'languages=["de"]'], "a stream has at least two parts"),
     ],
 )
 def test_bad_options_are_explained(

@@ -47,6 +47,7 @@ from examples.hope.tasks import (
     selective_copy,
     sentences,
     shuffled,
+    wilson,
 )
 from examples.hope.tasks.intents import WORDS
 
@@ -554,8 +555,10 @@ def test_intents_come_in_parts_and_are_held_out_by_sentence():
             assert asked == [len(sentence.encode()) - 1]
             assert stream.classes[targets[asked[0]]] == train[sentence]
     assert len(set(everywhere)) == len(everywhere)
-    joint = next(replace(stream, joint=True).batches(0, 512, 0)).targets.max(1).values
-    assert len(joint.unique()) > 0.9 * stream.outputs
+    first, second = (replace(stream, joint=True).batches(part, 512, 0) for part in (0, 1))
+    joint = next(first)
+    assert len(joint.targets.max(1).values.unique()) > 0.9 * stream.outputs
+    assert not torch.equal(joint.inputs, next(second).inputs)
 
 
 def test_parts_of_a_stream_are_scored_alone():
@@ -626,8 +629,9 @@ def test_training_rows_are_whole_lines_of_the_language():
             number = int(re.match(r"de (\d+) = ", line)[1])
             assert line == f"de {number} = {num2words(number, lang='de')}"
             assert f"de {number} = " not in held_out
-    joint = replace(stream, joint=True)
-    mixed = bytes(next(joint.batches(0, 50, 0)).inputs.flatten().tolist())
+    first, second = (next(replace(stream, joint=True).batches(part, 50, 0)) for part in (0, 1))
+    assert not torch.equal(first.inputs, second.inputs)
+    mixed = bytes(first.inputs.flatten().tolist())
     assert mixed.count(b"\nde ") > 30 and mixed.count(b"\nja ") > 30
 
 
@@ -697,7 +701,7 @@ def test_metrics_of_a_matrix_by_hand():
     assert forward_transfer(MATRIX, [0.3, 0.2, 0.1]) == pytest.approx((0.1 - 0.2 + 0.3 - 0.1) / 2)
 
 
-@pytest.mark.parametrize("count", range(2, 32))
+@pytest.mark.parametrize("count", [*range(2, 34), 100])
 def test_intervals_are_those_of_student(count):
     values = np.random.default_rng(count).normal(size=count)
     mean, half = mean_interval(values.tolist())
@@ -705,9 +709,16 @@ def test_intervals_are_those_of_student(count):
     assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize(("count", "of"), [(0, 3), (3, 3), (2, 5), (70, 100)])
+def test_shares_have_wilsons_interval(count, of):
+    expected = scipy.stats.binomtest(count, of).proportion_ci(method="wilson")
+    assert wilson(count, of) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (partial(wilson, 4, 3), "4 of 3: a count of trials"),
         (partial(Recall, pairs=40), "length = 128 is too short: 40 pairs, 0 updates .* 160"),
         (partial(Recall, updates=20), "updates = 20: between 0 and the 16 pairs"),
         (partial(Recall, vocabulary=100), "vocabulary = 100: an even number of at least 130"),
@@ -738,7 +749,7 @@ def test_intervals_are_those_of_student(count):
         (partial(continual, [[1.0, 2.0], [1.0]], "higher"), r"2 rows of \[2, 1\] columns"),
         (partial(continual, MATRIX, "best"), "better = 'best': 'higher' or 'lower'"),
         (partial(forward_transfer, MATRIX, [0.1]), "1 scores of the untrained model for 3 parts"),
-        (partial(mean_interval, [1.0]), "an interval from 1 values: between 2 and 31"),
+        (partial(mean_interval, [1.0]), "an interval from 1 values: at least 2"),
     ],
 )
 def test_a_bad_size_is_quoted(call, message):

@@ -69,8 +69,12 @@ def read(path: Path) -> dict[str, Any]:
     """What `save` wrote; ValueError where the file is something else or damaged."""
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read as a checkpoint: {error}") from error
+    except (RuntimeError, KeyError, EOFError, OSError, pickle.UnpicklingError) as error:
+        if isinstance(error, OSError) and error.filename:  # not what torch makes of torn files
+            raise
+        raise ValueError(
+            f"{str(path)!r} cannot be read as a checkpoint: {error or 'it ends too soon'}"
+        ) from error
 
 
 def refuse_to_lose(path: Path) -> None:

@@ -1,6 +1,8 @@
 """The results of a study as a picture: loss curves, scores with intervals, forgetting."""
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +12,17 @@ from examples.hope.table import Line, Row
 
 COLORS = (TRAIN, VALID, *BASELINES[1:], BASELINES[0])
 Curve = Sequence[tuple[int, float | None]]  # steps and mean losses in nats since the one before
+CELL = re.compile(r"(\d+)@([0-9.]+)")  # the name of a score at a length and a depth
+
+
+@dataclass(frozen=True)
+class Map:
+    """Scores of one model in rows and columns, with their names."""
+
+    values: list[list[float]]
+    down: list[str]
+    across: list[str]
+    said: str
 
 
 def draw(
@@ -22,8 +35,9 @@ def draw(
     better: Literal["higher", "lower"],
     parts: Sequence[str] = (),
 ) -> None:
-    """Loss curves (label, seed) at the left, scores at the right; for a stream, its R below.
+    """Loss curves (label, seed) at the left, scores at the right.
 
+    Below, for a stream, its R; for scores named "length@depth", length against depth.
     parts: names of the parts of a stream.
     """
     try:
@@ -31,8 +45,8 @@ def draw(
     except ImportError as error:
         raise ImportError("plotting needs matplotlib: pip install matplotlib") from error
 
-    matrices = {line.label: _mean_matrix(rows, line.label) for line in table} if parts else {}
-    matrices = {label: matrix for label, matrix in matrices.items() if matrix}
+    matrices = {x.label: _stream(rows, x.label, parts) if parts else _cells(x) for x in table}
+    matrices = {label: found for label, found in matrices.items() if found.values}
     # Heights in inches: what is below the two panels comes in lines of four.
     below = -(-len(matrices) // 4) * 3.4
     height = max(4.6, 1.9 + 0.42 * len(table))
@@ -50,7 +64,7 @@ def draw(
     _losses(left, curves, colors)
     _scores(right, table, rows, headline, better, colors)
     if bottom is not None:
-        _matrices(bottom, matrices, parts, better)
+        _maps(bottom, matrices, better)
     with replacing(path) as file:
         figure.savefig(file, format="png")
 
@@ -122,27 +136,23 @@ def _said(line: Line, headline: str) -> str:
     return ", ".join(filter(None, (score, diverged)))
 
 
-def _matrices(
-    figure: Any, matrices: dict[str, list[list[float]]], parts: Sequence[str], better: str
-) -> None:
-    values = [x for matrix in matrices.values() for row in matrix for x in row]
-    columns = min(4, len(matrices))
-    grid = figure.subplots(-(-len(matrices) // columns), columns, squeeze=False)
+def _maps(figure: Any, maps: dict[str, Map], better: str) -> None:
+    values = [x for each in maps.values() for row in each.values for x in row]
+    columns = min(4, len(maps))
+    grid = figure.subplots(-(-len(maps) // columns), columns, squeeze=False)
     low, high = min(values), max(values)
-    for axes in grid.flat[len(matrices) :]:
+    for axes in grid.flat[len(maps) :]:
         axes.set_visible(False)
-    for axes, (label, matrix) in zip(grid.flat, matrices.items(), strict=False):
-        # Dark is good, whichever direction that is.
-        axes.imshow(matrix, cmap="Blues" if better == "higher" else "Blues_r", vmin=low, vmax=high)
-        names = [part if len(part) <= 12 else f"{part[:11]}…" for part in parts[: len(matrix)]]
-        tilt = {"rotation": 45, "ha": "right"} if max(map(len, names)) > 3 else {}
-        axes.set_xticks(range(len(names)), names, fontsize=8, **tilt)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        said = f"{label}\nscore on (across) after training on (down)"
-        axes.set_title(said, **_heading(9.5))
+    shades = "Blues" if better == "higher" else "Blues_r"  # dark is good
+    for axes, (label, each) in zip(grid.flat, maps.items(), strict=False):
+        axes.imshow(each.values, cmap=shades, vmin=low, vmax=high, aspect="auto")
+        tilt = {"rotation": 45, "ha": "right"} if max(map(len, each.across)) > 4 else {}
+        axes.set_xticks(range(len(each.across)), each.across, fontsize=8, **tilt)
+        axes.set_yticks(range(len(each.down)), each.down, fontsize=8)
+        axes.set_title(f"{label}\n{each.said}", **_heading(9.5))
         axes.tick_params(colors=MUTED, length=0)
         axes.spines[:].set_visible(False)
-        for i, row in enumerate(matrix):
+        for i, row in enumerate(each.values):
             for j, value in enumerate(row):
                 share = (value - low) / (high - low) if high > low else 0.0
                 dark = share > 0.55 if better == "higher" else share < 0.45
@@ -150,13 +160,31 @@ def _matrices(
                 axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=ink)
 
 
-def _mean_matrix(rows: Sequence[Row], label: str) -> list[list[float]]:
-    """The mean over the seeds that finished."""
+def _stream(rows: Sequence[Row], label: str, parts: Sequence[str]) -> Map:
+    """The mean R over the seeds that finished."""
     all_of = [r["matrix"] for r in rows if r["label"] == label and r["status"] == "finished"]
-    if not all_of or not all_of[0]:
-        return []
-    size = range(len(all_of[0]))
-    return [[sum(m[i][j] for m in all_of) / len(all_of) for j in size] for i in size]
+    size = range(len(all_of[0]) if all_of else 0)
+    values = [[sum(m[i][j] for m in all_of) / len(all_of) for j in size] for i in size]
+    names = [
+        f"{i + 1} {part if len(part) <= 10 else f'{part[:9]}…'}" for i, part in enumerate(parts)
+    ]
+    names = names[: len(values)]
+    return Map(values, names, names, "score on (across) after training on (down)")
+
+
+def _cells(line: Line) -> Map:
+    """Means over seeds of the scores that have a length and a depth."""
+    found: dict[int, dict[float, float]] = {}
+    for name, score in line.scores.items():
+        match = CELL.fullmatch(name)
+        if match and score.mean is not None:
+            found.setdefault(int(match[1]), {})[float(match[2])] = score.mean
+    depths = sorted({depth for row in found.values() for depth in row})
+    full = {length: row for length, row in sorted(found.items()) if len(row) == len(depths)}
+    values = [[row[depth] for depth in depths] for row in full.values()]
+    return Map(
+        values, [*map(str, full)], [f"{x:g}" for x in depths], "length (down), depth (across)"
+    )
 
 
 def _heading(size: float = 11) -> dict[str, Any]:

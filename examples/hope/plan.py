@@ -14,14 +14,15 @@ import torch
 
 import deepopt
 from deepopt import replacing
-from examples.hope import figure, report, study, table
+from examples.hope import figure, report, study, table, training
 from examples.hope.jobs import Outcome, work
 from examples.hope.study import Makers, Trial
 from examples.hope.tasks import Stream
 
 TUNING_SEED = 1000  # far from the seeds that are reported, 0, 1, …
 GRID = (1 / math.sqrt(10), 1.0, math.sqrt(10))  # factors of the learning rate
-TUNING_PARTS = 3  # of a stream: a rate tuned on its end would know what comes
+TUNING_PARTS = 3  # of a stream, at most: a rate tuned on its end would know what comes
+SOLVED = 0.99
 
 
 @dataclass(frozen=True)
@@ -111,11 +112,17 @@ class Trials:
         self._configs = {
             c.label: makers.configure(c.model, {**answers, **c.settings}) for c in plan.contenders
         }
+        for name in answers:
+            if any(name in c.settings for c in plan.contenders):
+                raise ValueError(f"{name} is given by the task, {answers[name]} here")
+        if isinstance(task, Stream) and len(task.parts) < 2:
+            raise ValueError(f"{plan.task} has only {task.parts}: a stream has at least two parts")
         for contender in plan.contenders:
             makers.model(contender.model, self._configs[contender.label])
 
     def tuning(self) -> list[Trial]:
-        parts = TUNING_PARTS if isinstance(self._task, Stream) else None
+        task = self._task
+        parts = min(TUNING_PARTS, len(task.parts) - 1) if isinstance(task, Stream) else None
         return [
             self._trial(c, float(f"{c.lr * factor:.3g}"), TUNING_SEED, parts)
             for c in self._plan.contenders
@@ -154,7 +161,9 @@ def _work(plan: Plan, makers: Makers, stage: Stage) -> None:
     trials = {trial.id(): trial for trial in stage.trials}
     if plan.restart:
         for name in trials:
-            shutil.rmtree(plan.out / name, ignore_errors=True)
+            if (plan.out / name).exists():
+                with training.alone(plan.out / name):
+                    shutil.rmtree(plan.out / name, ignore_errors=True)
     task = makers.task(plan.task, plan.options)
     count = {
         name: trial.steps * (len(task.parts[: trial.parts]) if isinstance(task, Stream) else 1)
@@ -206,17 +215,22 @@ def _write(
     plan: Plan, task: study.Task | Stream, stages: list[Stage], notes: dict[str, str]
 ) -> None:
     """results.jsonl, and if any reported trial came to its end, the tables and the picture."""
-    every = "".join(json.dumps(row) + "\n" for stage in stages for row in stage.rows())
-    _replace(plan.out / "results.jsonl", every)
     rows, headline = stages[-1].rows(), study.headline(task)
     if not rows:
         return
-    lines = table.lines(rows, headline)
+    every = "".join(json.dumps(row) + "\n" for stage in stages for row in stage.rows())
+    _replace(plan.out / "results.jsonl", every)
+    labels = [contender.label for contender in plan.contenders]
+    solved = SOLVED if task.better == "higher" and not isinstance(task, Stream) else None
+    lines = table.lines(rows, headline, labels, solved)
+    codes = {row.get("code", "") for row in rows}
     about = {
         "command": f"`{plan.command}`",
         "trials": f"{len(rows)} of {len(stages[-1].trials)} came to their end",
         "training": f"{plan.optimizer}, batch {plan.batch}, {plan.device}, {plan.precision}",
         **notes,
+        **{f"settings, {x.label}": settings(x) for x in plan.contenders},
+        **({"code": f"{len(codes)} versions of it made these rows"} if len(codes) > 1 else {}),
         "hardware": hardware(plan.device),
         "software": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"deepopt {deepopt.__version__}, {platform.system()}",
@@ -232,8 +246,14 @@ def _write(
         curve = [(entry["step"], entry["loss"]) for entry in log]
         curves.setdefault(row["label"], {})[row["seed"]] = curve
     parts = task.parts if isinstance(task, Stream) else ()
-    title = f"{plan.task}: {plan.seeds} seed{'s' if plan.seeds > 1 else ''} of each model"
+    count = len({row["seed"] for row in rows})
+    title = f"{plan.task}: {count} seed{'s' if count > 1 else ''}"
     figure.draw(plan.out / "plot.png", title, lines, rows, curves, headline, task.better, parts)
+
+
+def settings(contender: Contender) -> str:
+    """What a model was told that its name does not say."""
+    return ", ".join(f"{key}={value}" for key, value in contender.settings.items()) or "none"
 
 
 def hardware(device: str) -> str:

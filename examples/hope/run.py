@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None, makers: Makers = MAKERS) -> int:
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first trial, or asked for twice
+        print(f"\nstopped; to go on: {again(given)}", file=sys.stderr)
+        return 130
     if any(stage.outcome.stopped for stage in stages):
         print(f"\nstopped; to go on: {again(given)}", file=sys.stderr)
         return 130
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None, makers: Makers = MAKERS) -> int:
                 failed += 1
                 why = stage.outcome.errors[trial.id()]
                 print(f"error: {trial.label}, seed {trial.seed}: {why}", file=sys.stderr)
-    if stages[-1].rows():
+    if stages[-1].purpose == "report" and stages[-1].rows():
         page = (asked.out / "summary.md").read_text()
         print(f"\n{page}\n{asked.out / 'summary.md'}\n{asked.out / 'plot.png'}")
     if args.size == "quick":
@@ -73,7 +76,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--optimizer", choices=sorted(train.LEARNING_RATES), default="adamw")
     p.add_argument("--lr", nargs="+", metavar="RATE", help="of all models, or MODEL=RATE …")
     p.add_argument(
-        "--tune", action="store_true", help="try the rate ÷√10, ×1, ×√10 on another seed"
+        "--tune",
+        action="store_true",
+        help="try the rate ÷√10, ×1, ×√10 on another seed of the training, the same test data",
     )
     p.add_argument("--config", nargs="+", default=[], metavar="SETTING=VALUE", help="of all models")
     p.add_argument("--options", nargs="+", default=[], metavar="OPTION=VALUE", help="of the task")
@@ -81,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu (default) or cuda, with bfloat16")
     p.add_argument("--precision", choices=("float32", "bfloat16"), help="of the forward pass")
     p.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    p.add_argument("--out", type=Path, help="folder (default: runs/hope/TASK)")
+    p.add_argument("--out", type=Path, help="folder (default: runs/hope/TASK, TASK-SIZE)")
     how = p.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on; this is what happens anyway")
     how.add_argument("--restart", action="store_true", help="forget earlier trials of this study")
@@ -102,7 +107,8 @@ def plan_of(args: argparse.Namespace, command: str) -> Plan:
         raise ValueError(f"--device {args.device}: cpu or cuda")
     if args.device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: torch finds no GPU here; --device cpu works")
-    out = args.out or Path("runs/hope") / args.task
+    name = args.task if args.size == "cpu" else f"{args.task}-{args.size}"
+    out = args.out or Path("runs/hope") / name
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {str(out)!r} is a file: give a folder")
     options = {**scale.options, **presets.assignments(args.options)}
@@ -134,6 +140,8 @@ def contenders(
     given: dict[str | None, float] = {}
     for text in args.lr or []:
         name, equals, rate = text.rpartition("=")
+        if (name if equals else None) in given:
+            raise ValueError(f"--lr {' '.join(args.lr)}: two rates for {name or 'all models'}")
         given[name if equals else None] = _rate(rate)
     unused = {name for name in given if name is not None}
     found = []

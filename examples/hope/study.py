@@ -74,7 +74,10 @@ def finished(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        result = json.loads(path.read_text())
+        if "scores" not in result:
+            raise ValueError("it has no scores")
+        return result
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is no result: {error}; delete it to repeat") from error
 

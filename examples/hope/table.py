@@ -30,6 +30,7 @@ class Estimate:
 class Line:
     """One model in the table; `difference` is to the first one, over the seeds that both have.
 
+    solved: how many seeds, those that diverged too, solved the task; None if that is not asked.
     step_ms, cpu_seconds: means over the trials, those that diverged too.
     """
 
@@ -39,6 +40,7 @@ class Line:
     diverged: int
     scores: dict[str, Estimate]
     difference: Estimate
+    solved: int | None
     parameters: int
     steps: int
     step_ms: float
@@ -53,17 +55,24 @@ def estimate(values: Sequence[float | None]) -> Estimate:
     return Estimate(there[0] if there else None, None, len(there))
 
 
-def lines(rows: Sequence[Row], headline: str) -> list[Line]:
-    """A line for each label, in the order in which they come first."""
-    labels = list(dict.fromkeys(row["label"] for row in rows))
+def lines(
+    rows: Sequence[Row], headline: str, labels: Sequence[str], solved: float | None = None
+) -> list[Line]:
+    """A line for each of the labels that has rows; the first label is what others differ from.
+
+    solved: the score from which on a seed counts as solved.
+    """
     first = {row["seed"]: row["scores"].get(headline) for row in rows if row["label"] == labels[0]}
     found = []
     for label in labels:
         of_label = [row for row in rows if row["label"] == label]
+        if not of_label:
+            continue
         good = [row for row in of_label if row["status"] == "finished"]
         names = dict.fromkeys(name for row in good for name in row["scores"])
         pairs = [(row["scores"].get(headline), first.get(row["seed"])) for row in good]
         apart = [a - b for a, b in pairs if a is not None and b is not None]
+        reached = [score is not None and score >= (solved or 0) for score, _ in pairs]
         found.append(
             Line(
                 label=label,
@@ -72,6 +81,7 @@ def lines(rows: Sequence[Row], headline: str) -> list[Line]:
                 diverged=len(of_label) - len(good),
                 scores={n: estimate([row["scores"].get(n) for row in good]) for n in names},
                 difference=estimate(apart if label != labels[0] else []),
+                solved=None if solved is None else sum(reached),
                 parameters=of_label[0]["parameters"],
                 steps=max(row["steps"] for row in of_label),
                 step_ms=statistics.fmean(row["step_ms"] for row in of_label),
@@ -94,24 +104,27 @@ def markdown(
     nothing = Estimate(None, None, 0)
     head = [
         *("model", "seeds", f"{headline} ({better} is better)", "difference to the first"),
-        *("parameters", "steps", "ms/step", "CPU s", "learning rate", "diverged"),
+        *("parameters", "steps", "ms/step", "CPU s", "learning rate", "diverged", "solved"),
     ]
     body = [
         [
             *(line.label, f"{line.finished}", f"{line.scores.get(headline, nothing)}"),
             *(f"{line.difference}", f"{line.parameters:,}", f"{line.steps:,}"),
             *(f"{line.step_ms:.1f}", f"{line.cpu_seconds:.1f}", f"{line.lr:g}"),
-            f"{line.diverged}",
+            *(f"{line.diverged}", _solved(line)),
         ]
         for line in table
     ]
-    text = _pipes(head, body, "lrrrrrrrrr")
+    text = _pipes(head, body, "lrrrrrrrrrr")
     others = [name for name in _names(table) if name != headline]
     if others:
         cells = [[name, *(f"{x.scores.get(name, nothing)}" for x in table)] for name in others]
         text += "\n" + _pipes(["score", *(x.label for x in table)], cells, "l" + "r" * len(table))
     text += "\nMean over seeds ± half the width of its 95 % interval (Student's t). The difference "
-    text += "is the mean over the seeds that both models finished.\n\n"
+    text += (
+        "is the mean over the seeds that both models finished. Solved: seeds with a score of at "
+    )
+    text += "least 0.99, and Wilson's 95 % interval of their share.\n\n"
     for name, value in about.items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
@@ -125,7 +138,7 @@ def csv_text(table: Sequence[Line], headline: str) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     pairs = [x for name in names for x in (name, f"{name} half width")]
-    plain = ["parameters", "steps", "step_ms", "cpu_seconds", "lr", "diverged"]
+    plain = ["parameters", "steps", "step_ms", "cpu_seconds", "lr", "diverged", "solved"]
     difference = [f"{headline} difference", f"{headline} difference half width"]
     writer.writerow(["model", "seeds", *pairs, *difference, *plain])
     nothing = Estimate(None, None, 0)
@@ -135,6 +148,14 @@ def csv_text(table: Sequence[Line], headline: str) -> str:
         rest = [getattr(line, name) for name in plain]
         writer.writerow([line.label, line.finished, *numbers, *rest])
     return out.getvalue()
+
+
+def _solved(line: Line) -> str:
+    count = line.finished + line.diverged
+    if line.solved is None:
+        return "–"
+    low, high = metrics.wilson(line.solved, count)
+    return f"{line.solved} of {count} ({low:.2f} to {high:.2f})"
 
 
 def _names(table: Sequence[Line]) -> list[str]:

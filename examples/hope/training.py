@@ -1,11 +1,13 @@
 """How a trial is done: it trains from where its checkpoint stands, and scores at the end."""
 
+import hashlib
 import math
 import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+import deepopt
+import examples.hope
+import torch_backend
 from examples.hope import checkpoint, report, train
-from examples.hope.study import Makers, Trial, as_json, finished, headline, write_json
+from examples.hope.study import AVERAGE, Makers, Trial, as_json, finished, headline, write_json
 from examples.hope.tasks import IGNORED, Answer, Batch, Batches, Stream, Task, metrics
 
 ROWS = 200  # of the log, about; each is the mean over the steps since the one before
@@ -138,9 +143,9 @@ class Training:
         self.model: Any = makers.model(trial.model, trial.config).to(trial.device)
         optimizer = train.make_optimizer(self.model, trial.optimizer, trial.lr)
         # Every part of a stream has a warm-up and a decay of its own, as new data would.
-        scheduler = LambdaLR(
-            optimizer, lambda step: train.schedule(step % trial.steps, trial.steps)
-        )
+        self.joint = isinstance(self.task, Stream) and self.task.joint
+        span = self.total if self.joint else trial.steps
+        scheduler = LambdaLR(optimizer, lambda step: train.schedule(step % span, span))
         self.optimizer, self.scheduler = optimizer, scheduler
         self.lessons, self.tally = Lessons(self.task, trial.batch, trial.seed), Tally()
         self._state = {
@@ -179,7 +184,11 @@ class Training:
             if ended and isinstance(self.task, Stream):
                 answer = self.answer()
                 row = [self.task.score(part, answer) for part in range(self.parts)]
-                self.tally.matrix.append([float(score) for score in row])
+                broken = [part for part, score in enumerate(row) if not math.isfinite(score)]
+                if broken:
+                    self.tally.diverged = self.step
+                else:
+                    self.tally.matrix.append([float(score) for score in row])
                 self.model.train()
             if time.monotonic() - saved >= interval:
                 self._save(pending)
@@ -194,6 +203,8 @@ class Training:
         if tally.diverged is None:
             if isinstance(self.task, Stream):
                 scores = metrics.continual(tally.matrix, self.task.better)
+                if self.joint:  # nothing was learnt before anything else
+                    scores = {AVERAGE: scores[AVERAGE]}
             else:
                 scores = self.task.score(self.answer(), quick=trial.quick)
         broken = not math.isfinite(scores.get(headline(self.task), math.nan))
@@ -206,6 +217,7 @@ class Training:
             **{"steps": self.step, "step_ms": 1e3 * tally.wall / max(self.step, 1)},
             "cpu_seconds": tally.cpu + time.process_time() - self._cpu,
             **{"torch": torch.__version__, "python": platform.python_version()},
+            "code": code(),
         }
 
     def answer(self) -> Answer:
@@ -256,6 +268,14 @@ class Training:
         self.tally.cpu += now - self._cpu
         self._cpu = now
         checkpoint.save(self._path, self.trial.identity(), self._state, self.step)
+
+
+@cache
+def code() -> str:
+    """A digest of the source that a result came from: this example and the library."""
+    roots = [Path(package.__path__[0]) for package in (examples.hope, deepopt, torch_backend)]
+    files = sorted(path for root in roots for path in root.rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def cost(logits: Tensor, targets: Tensor) -> Tensor:

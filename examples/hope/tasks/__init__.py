@@ -13,7 +13,7 @@ from examples.hope.tasks.mad import (
     noisy_recall,
     selective_copy,
 )
-from examples.hope.tasks.metrics import continual, forward_transfer, mean_interval
+from examples.hope.tasks.metrics import continual, forward_transfer, mean_interval, wilson
 from examples.hope.tasks.needle import Needle
 from examples.hope.tasks.recall import Recall
 from examples.hope.tasks.text import Text
@@ -46,4 +46,5 @@ __all__ = [
     "repeated",
     "selective_copy",
     "shuffled",
+    "wilson",
 ]

@@ -38,7 +38,9 @@ class Batches(Iterator[Batch]):
         at_least("batch", batch, 1)
         self._draw, self.batch = draw, batch
         self._about = {**about, "batch": batch, "seed": seed}
-        self._generator = generator("training", about["name"], seed)
+        # Parts that share their data must not share its order.
+        own = [about["part"]] if about.get("joint") else []
+        self._generator = generator("training", about["name"], seed, *own)
 
     def __next__(self) -> Batch:
         return self._draw(self._generator, self.batch)
@@ -95,6 +97,7 @@ class Stream(ABC):
     outputs: int
     parts: tuple[str, ...]
     better: Better
+    joint: bool = False  # all parts are learnt at once, as a bracket of what a stream could reach
 
     @abstractmethod
     def batches(self, part: int, batch: int, seed: int) -> Batches:

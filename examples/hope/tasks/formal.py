@@ -42,7 +42,8 @@ class Formal(Task):
     high)` draws such tokens [count, width], `states(tokens)` are the targets.
 
     A language with few strings of a size, all but parity and brackets, has the same ones in
-    training and bin0: only bin1 is then unseen.
+    training and bin0, and of the brackets of bin0 half are (`()` alone is a seventh), of the
+    strings of parity a seventh: only bin1 is unseen.
     """
 
     name: str

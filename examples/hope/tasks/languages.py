@@ -90,7 +90,7 @@ class Languages(Stream):
             text = pack(table[chosen].flatten(1).long(), kept.flatten(1), self.length + 1, 0)
             return Batch(text[:, :-1], text[:, 1:])
 
-        return Batches(draw, batch, seed, {**self.record(), "part": ", ".join(chosen)})
+        return Batches(draw, batch, seed, {**self.record(), "part": own})
 
     def score(self, part: int, answer: Answer) -> float:
         """Bits per byte of the held-out words of one language."""

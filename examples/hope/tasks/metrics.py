@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from examples.hope.tasks.base import Better
 
+NORMAL = 1.959964  # quantile 0.975
+
 # Quantiles 0.975 of Student's t for 1 to 30 degrees of freedom.
 STUDENT = (
     *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
@@ -58,9 +60,19 @@ def forward_transfer(scores: Sequence[Sequence[float]], untrained: Sequence[floa
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean over seeds, and half the width of its 95 % interval by Student's t."""
     freedom = len(values) - 1
-    if not 1 <= freedom <= len(STUDENT):
-        raise ValueError(
-            f"an interval from {len(values)} values: between 2 and {len(STUDENT) + 1} are needed"
-        )
-    half = STUDENT[freedom - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), half
+    if freedom < 1:
+        raise ValueError(f"an interval from {len(values)} values: at least 2 are needed")
+    # The expansion about the normal quantile is good to 3e-5 there.
+    far = NORMAL + 2.3723 / freedom + 2.8225 / freedom**2
+    quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else far
+    return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def wilson(count: int, of: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share that was `count` in `of` trials."""
+    if not 0 <= count <= of or of < 1:
+        raise ValueError(f"{count} of {of}: a count of trials, of which there is at least one")
+    share, z = count / of, NORMAL
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z / (1 + z * z / of) * math.sqrt(share * (1 - share) / of + (z / (2 * of)) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
