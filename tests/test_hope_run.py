@@ -98,6 +98,9 @@ class Rounds(Stream):
     def score(self, part: int, answer: Any) -> float:
         return right(answer) - part
 
+    def more(self, part: int, answer: Any) -> dict[str, float]:
+        return {"part": float(part)}
+
     def record(self) -> dict[str, Any]:
         return {"name": self.name}
 
@@ -339,6 +342,10 @@ def test_a_stream_is_learnt_part_by_part(tmp_path: Path) -> None:
     assert [len(row) for row in matrix] == [3, 3, 3]
     assert all(row[0] - row[2] == pytest.approx(2) for row in matrix)
     assert result["scores"]["average"] == pytest.approx(sum(matrix[-1]) / 3)
+    assert result["scores"]["part"] == 1
+    # Untrained, the toy knows a fifth of the answers at most.
+    gains = [matrix[j - 1][j] + j for j in (1, 2)]
+    assert 0.5 < result["scores"]["forward_transfer"] <= max(gains)
     rates = [row["lr"] for row in report.read(tmp_path / "log.jsonl")]
     assert rates[:20] == rates[20:40] == rates[40:] and max(rates) == 0.05
 
@@ -432,7 +439,7 @@ def test_all_parts_at_once_are_one_training(tmp_path: Path) -> None:
     makers = replace(MAKERS, task=lambda name, options: Rounds(joint=True))
     trial = replace(TRIAL, task="rounds", record={"name": "rounds"}, steps=5)
     result = training.run(trial, tmp_path, makers)
-    assert result is not None and [*result["scores"]] == ["average"]
+    assert result is not None and [*result["scores"]] == ["average", "part"]
     rates = [row["lr"] for row in report.read(tmp_path / "log.jsonl")]
     assert rates[3:] == sorted(rates[3:], reverse=True) and rates[5] > rates[15] > rates[19]
 

@@ -110,12 +110,13 @@ class Lessons:
 class Tally:
     """What adds up over the interruptions of a trial: seconds, losses not yet logged, scores.
 
-    matrix: of a stream, row i holds the scores on all parts after part i.
+    untrained, matrix: of a stream, the scores on all parts at the start, and after each part.
     """
 
     wall: float = 0.0  # in training steps
     cpu: float = 0.0  # of the process, scores included
     losses: list[float] = field(default_factory=list)
+    untrained: list[float] = field(default_factory=list)
     matrix: list[list[float]] = field(default_factory=list)
     diverged: int | None = None  # the step whose loss was not finite
 
@@ -164,6 +165,8 @@ class Training:
     ) -> bool:
         """Train to the end or to divergence; False if stopped before. Both leave a checkpoint."""
         window = max(1, min(MOST, self.trial.steps // ROWS))
+        if not self.step and isinstance(self.task, Stream):
+            self.tally.untrained = self._scores(self.task)
         saved = time.monotonic()
         self.model.train()
         pending: list[Tensor] = []
@@ -182,13 +185,11 @@ class Training:
                 tell(self.step, loss)
             ended = self.step % self.trial.steps == 0 and self.tally.diverged is None
             if ended and isinstance(self.task, Stream):
-                answer = self.answer()
-                row = [self.task.score(part, answer) for part in range(self.parts)]
-                broken = [part for part, score in enumerate(row) if not math.isfinite(score)]
-                if broken:
-                    self.tally.diverged = self.step
+                row = self._scores(self.task)
+                if all(map(math.isfinite, row)):
+                    self.tally.matrix.append(row)
                 else:
-                    self.tally.matrix.append([float(score) for score in row])
+                    self.tally.diverged = self.step
                 self.model.train()
             if time.monotonic() - saved >= interval:
                 self._save(pending)
@@ -203,8 +204,13 @@ class Training:
         if tally.diverged is None:
             if isinstance(self.task, Stream):
                 scores = metrics.continual(tally.matrix, self.task.better)
+                moved = metrics.forward_transfer(tally.matrix, tally.untrained)
+                scores["forward_transfer"] = moved
                 if self.joint:  # nothing was learnt before anything else
                     scores = {AVERAGE: scores[AVERAGE]}
+                answer = self.answer()
+                more = [self.task.more(part, answer) for part in range(self.parts)]
+                scores |= {k: sum(x[k] for x in more) / len(more) for k in more[0]}
             else:
                 scores = self.task.score(self.answer(), quick=trial.quick)
         broken = not math.isfinite(scores.get(headline(self.task), math.nan))
@@ -219,6 +225,10 @@ class Training:
             **{"torch": torch.__version__, "python": platform.python_version()},
             "code": code(),
         }
+
+    def _scores(self, stream: Stream) -> list[float]:
+        answer = self.answer()
+        return [float(stream.score(part, answer)) for part in range(self.parts)]
 
     def answer(self) -> Answer:
         """The model as a function of tokens on the CPU, in evaluation mode."""

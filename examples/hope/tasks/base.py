@@ -107,6 +107,10 @@ class Stream(ABC):
     def score(self, part: int, answer: Answer) -> float:
         """The figure of one part on its held-out data."""
 
+    def more(self, part: int, answer: Answer) -> dict[str, float]:
+        """Other figures of one part, of which the mean over all parts is told at the end."""
+        return {}
+
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """What identifies the data in a log; figures compare only where the records agree."""

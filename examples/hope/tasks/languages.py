@@ -96,9 +96,9 @@ class Languages(Stream):
         """Bits per byte of the held-out words of one language."""
         return bits(answer, self._test(part), self.outputs)
 
-    def exact(self, part: int, answer: Answer) -> float:
+    def more(self, part: int, answer: Answer) -> dict[str, float]:
         """Share of held-out lines that a greedy continuation writes right, every byte of it."""
-        return exact(*verdicts(answer, self._test(part), self.outputs))
+        return {"exact": exact(*verdicts(answer, self._test(part), self.outputs))}
 
     def record(self) -> dict[str, Any]:
         sizes = {k: v for k, v in asdict(self).items() if k not in ("parts", "better")}
