@@ -70,7 +70,7 @@ def test_rates_and_retentions_keep_their_ranges() -> None:
         for parameter in (mixer.rate, mixer.retention):
             parameter.data.normal_().mul_(size)
         rows = unit(torch.randn(4, 1, 2, 50, 8))
-        *rows, (retention, rate, _) = mixer.generate(generators.start, rows)
+        *rows, (retention, rate, _) = mixer.generate(generators, rows)
         for found in rows:
             torch.testing.assert_close(found.norm(dim=-1), torch.ones(1, 2, 50))
         assert ((rate >= 0) & (rate <= 1)).all()
@@ -104,12 +104,14 @@ def test_a_chunk_is_the_unrolled_product() -> None:
     keys, values = unit(torch.randn(n, d, **f64)), torch.randn(n, d, **f64)
     alpha, eta = 0.9 + 0.1 * torch.rand(n, 1, **f64), torch.rand(n, 1, **f64)
     memories = InnerRule().begin((first, second))
-    (_, new, _), answers = InnerRule().write(memories, keys, values, Gates(alpha, eta), keys)
+    written, answers = InnerRule().write(memories, keys, values, Gates(alpha, eta), keys)
 
     z = torch.tanh(keys @ first)
     error = keys + z @ second - values
     inner = (error @ second.T) * (1 - z * z)
-    for weight, x, slope, result in ((first, keys, inner, new[0]), (second, z, error, new[1])):
+    for weight, x, slope, result in zip(
+        (first, second), (keys, z), (inner, error), written.now, strict=True
+    ):
         exact = eta / (1 + eta * (x * x).sum(1, keepdim=True))
         eye = torch.eye(x.shape[1], **f64)
         erase = [alpha[t] * eye - exact[t] * torch.outer(x[t], x[t]) for t in range(n)]

@@ -41,6 +41,7 @@ CONFIGS = {
     "linear dot": replace(TINY, inner=Learning("linear", "dot")),
     "dot, no delta, inexact": replace(TINY, inner=Learning("mlp", "dot", False, False)),
     "momentum": replace(TINY, inner=Learning(momentum=True)),
+    "residual": replace(TINY, inner=Learning("residual", "l2", True, True, True), layers=2),
     "linear momentum, one sum of levels": replace(
         TINY, inner=Learning("linear", "l2", False, True, True), cms="independent"
     ),

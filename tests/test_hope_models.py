@@ -45,6 +45,9 @@ SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "linear": ({"structure": "linear"}, {}),
     "dot": ({"objective": "dot"}, {}),
     "linear dot": ({"structure": "linear", "objective": "dot"}, {}),
+    "residual": ({"structure": "residual"}, {}),
+    "residual dot": ({"structure": "residual", "objective": "dot", "exact": False}, {}),
+    "residual momentum": ({"structure": "residual", "momentum": True, "delta": False}, {}),
     "gradient descent": ({"delta": False}, {}),
     "explicit": ({"exact": False}, {}),
     "explicit linear": ({"exact": False, "structure": "linear"}, {"rate_cap": 2.0}),
@@ -106,7 +109,7 @@ def test_self_modifying_titans_are_the_recurrence(name: str, sizes: tuple[int, i
 
 RULES = st.builds(
     Learning,
-    st.sampled_from(["mlp", "linear"]),
+    st.sampled_from(["mlp", "linear", "residual"]),
     st.sampled_from(["l2", "dot"]),
     st.booleans(),
     st.booleans(),
@@ -198,14 +201,21 @@ def test_swiglu() -> None:
     cuts=st.lists(st.integers(0, LENGTH), max_size=5).map(sorted),
     feed_forward=st.sampled_from(FEED_FORWARDS),
     sizes=st.sampled_from(CHUNKS),
+    structure=st.sampled_from(["mlp", "linear", "residual"]),
     momentum=st.booleans(),
     single=st.booleans(),
 )
 def test_a_stream_of_pieces_is_the_whole(
-    mixer: Any, cuts: list[int], feed_forward: dict, sizes: Any, momentum: bool, single: bool
+    mixer: Any,
+    cuts: list[int],
+    feed_forward: dict,
+    sizes: Any,
+    structure: Any,
+    momentum: bool,
+    single: bool,
 ) -> None:
     torch.manual_seed(len(cuts))
-    rule, (chunk, slow) = InnerRule(momentum=momentum), sizes
+    rule, (chunk, slow) = InnerRule(structure, momentum=momentum), sizes
     config = replace(TINY, mixer=mixer, layers=2, inner=rule, chunk=chunk, slow_chunk=slow)
     model = LanguageModel(replace(config, **feed_forward))
     model = model if single else model.double()
@@ -245,10 +255,11 @@ def size(state: Any) -> tuple[int, int]:
     return sum(x.numel() for x in leaves(state)), sum(s.nbytes() for s in storages.values())
 
 
+@pytest.mark.parametrize("structure", ["mlp", "residual"])
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_only_the_state_of_attention_grows(mixer: Any, momentum: bool) -> None:
-    rule = InnerRule(momentum=momentum)
+def test_only_the_state_of_attention_grows(mixer: Any, momentum: bool, structure: Any) -> None:
+    rule = InnerRule(structure, momentum=momentum)
     model = LanguageModel(replace(TINY, mixer=mixer, inner=rule))
     with torch.no_grad():
         sizes = [size(model.stream(tokens(1, length))[1]) for length in (16, 24, 80)]
@@ -583,7 +594,7 @@ BOUNDED = [
     Learning(structure, objective, delta, exact, momentum)
     for structure, objective, exact in [
         *(("mlp", "l2", True), ("mlp", "dot", True), ("linear", "l2", True)),
-        *(("linear", "dot", True), ("linear", "dot", False)),
+        *(("linear", "dot", True), ("linear", "dot", False), ("residual", "dot", False)),
     ]
     for delta, momentum in DELTA_MOMENTUM
 ]

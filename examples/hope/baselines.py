@@ -184,7 +184,7 @@ class Segments(nn.Module):
         rows, tail = self.convolution(self.project(x), state.tail)
         q, k, v = self.split(rows)
         memory, place = state.memory, state.position % self.size
-        recalled = self.rule.read(memory.start, unit(q))
+        recalled = self.rule.read(memory, unit(q))
         q = rotate(q, place)
         # Two rows for every token: what is recalled for it, and itself.
         pair_k = torch.stack((rotate(recalled, place), rotate(k, place)), 3).flatten(2, 3)

@@ -74,7 +74,7 @@ class Config:
         linear memory under the dot product are the same wherever they are taken.
         """
         rule = self.inner
-        alike = rule.structure == "linear" and rule.objective == "dot"
+        alike = rule.structure != "mlp" and rule.objective == "dot"
         return 1 if alike or (rule.delta and not rule.momentum) else size
 
     def __post_init__(self) -> None:

@@ -21,9 +21,14 @@ class Memories(NamedTuple):
     Gradients and the memories' own values are taken at `start`, the end of the chunk before.
     """
 
+    fixed: tuple[Tensor, ...]  # what stays as it was trained; empty but for "residual"
     start: tuple[Tensor, ...]
     now: tuple[Tensor, ...]
     velocity: tuple[Tensor, ...]  # empty without momentum
+
+    def carried(self) -> "Memories":
+        """Without what a model has anyway."""
+        return self._replace(fixed=())
 
     def next_chunk(self) -> "Memories":
         """The same memories where a chunk ends and another starts."""
@@ -62,12 +67,13 @@ class InnerRule(Learning):
 
     def begin(self, parameters: tuple[Tensor, ...]) -> Memories:
         """Memories that have read nothing yet."""
-        still = tuple(p.new_zeros(()).expand_as(p) for p in parameters) if self.momentum else ()
-        return Memories(parameters, parameters, still)
+        zeros = tuple(p.new_zeros(()).expand_as(p) for p in parameters)
+        fixed, start = (parameters, zeros) if self.fixed else ((), parameters)
+        return Memories(fixed, start, start, zeros if self.momentum else ())
 
-    def read(self, parameters: tuple[Tensor, ...], keys: Tensor) -> Tensor:
-        """What memories answer to rows of keys [..., T, d]."""
-        return _read(keys, *parameters, **vars(self))
+    def read(self, memories: Memories, keys: Tensor) -> Tensor:
+        """What memories answer to rows of keys [..., T, d] at the chunk's start."""
+        return _read(keys, *memories.fixed, *memories.start, **vars(self))
 
     def write(
         self,
@@ -86,7 +92,7 @@ class InnerRule(Learning):
         """
         fresh = memories.now is memories.start
         new = _write(
-            *(keys, values, *gates),
+            *(keys, values, *gates, *memories.fixed),
             *(memories.start if fresh else (*memories.start, *memories.now)),
             *memories.velocity,
             *(() if queries is None else (queries,)),
@@ -95,14 +101,13 @@ class InnerRule(Learning):
             **vars(self),
         )
         count = len(memories.start)
-        moved = Memories(memories.start, new[:count], new[count : count + len(memories.velocity)])
+        velocity = new[count : count + len(memories.velocity)]
+        moved = memories._replace(now=new[:count], velocity=velocity)
         return moved, keys[..., :0, :] if queries is None else new[-1]
 
-    def gradients(
-        self, parameters: tuple[Tensor, ...], keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The gradients of the objective, summed over rows."""
-        return _gradients(keys, values, *parameters, **vars(self))
+    def gradients(self, memories: Memories, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the objective at the chunk's start, summed over rows."""
+        return _gradients(keys, values, *memories.fixed, *memories.start, **vars(self))
 
 
 def unit(x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ _read, _write = map(lift, (graphs.read, graphs.write))
 class Memories(NamedTuple):
     """Memories where a chunk begins; each array is [..., rows, columns] of a parameter."""
 
+    fixed: tuple[Array, ...]  # what stays as it was trained; empty but for "residual"
     parameters: tuple[Array, ...]
     velocity: tuple[Array, ...]  # empty without momentum
 
@@ -120,8 +121,9 @@ def begin(initial: Parameters, batch: int, config: Config) -> tuple[Memories, Me
     memory, generators = (tuple(p[:, :, i] for p in whole) for i in (-1, slice(-1)))
 
     def still(parameters: tuple[Array, ...]) -> Memories:
-        zeros = tuple(map(jnp.zeros_like, parameters)) if config.inner.momentum else ()
-        return Memories(parameters, zeros)
+        zeros = tuple(map(jnp.zeros_like, parameters))
+        fixed, start = (parameters, zeros) if config.inner.fixed else ((), parameters)
+        return Memories(fixed, start, zeros if config.inner.momentum else ())
 
     return still(memory), still(generators)
 
@@ -131,7 +133,7 @@ def generate(parameters: Parameters, generators: Memories, streams: Array, confi
     found: dict[str, Array] = dict(zip(GENERATED, (*streams, streams[3]), strict=True))
     if config.adaptive:
         asked = jnp.stack([found[name] for name in config.adaptive], 2)
-        answers = _read(asked, *generators.parameters, **vars(config.inner))
+        answers = _read(asked, *generators.fixed, *generators.parameters, **vars(config.inner))
         found |= {name: answers[:, :, i] for i, name in enumerate(config.adaptive)}
     rate = jax.nn.softplus(found["rate"] @ parameters["rate"] + parameters["rate_bias"])
     rate = -jnp.expm1(-rate / config.rate_cap) * config.rate_cap
@@ -153,7 +155,7 @@ def targets(memories: Memories, values: Array, config: Config) -> Array:
     """What the memories should answer to the keys: v̂ = m(v), each its own (Eq. 84)."""
     if not config.own_values:
         return values
-    own = _read(values, *memories.parameters, **vars(config.inner))
+    own = _read(values, *memories.fixed, *memories.parameters, **vars(config.inner))
     return unit(own) if config.unit_values else own
 
 
@@ -164,13 +166,14 @@ def write(
     queries, *given = rows
     asked = (queries,) if answers else ()
     new = _write(
-        *(*given, *memories.parameters, *memories.velocity, *asked),
+        *(*given, *memories.fixed, *memories.parameters, *memories.velocity, *asked),
         **vars(rule),
         fresh=True,
         after=False,
     )
     count = rule.count
-    moved = Memories(new[:count], new[count : count + len(memories.velocity)])
+    velocity = new[count : count + len(memories.velocity)]
+    moved = memories._replace(parameters=new[:count], velocity=velocity)
     return moved, new[-1] if answers else queries[..., :0, :]
 
 

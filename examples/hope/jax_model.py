@@ -99,7 +99,7 @@ def init(key: Array, config: Config) -> Parameters:
         return {"norm": scale(width), "up": up, "down": down}
 
     def memories() -> Parameters:
-        if config.inner.structure == "linear":
+        if config.inner.structure != "mlp":
             return {"0": normal(heads * count, d, d, scale=d**-0.5)}
         second = normal(heads * count, hidden, d, scale=(hidden * d) ** -0.5)
         return {"0": normal(heads * count, d, hidden), "1": second}

@@ -6,14 +6,36 @@ are of one memory and the rows of one chunk; lifted to arrays, any batch axes st
 fields of `Learning` travel as words, for torch's compiler takes no objects as keywords.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from deepopt.expr import Expr
+from deepopt.expr import Expr, matmul
 from deepopt.grad import grad
-from deepopt.memory import MLP, Linear, Memory, Objective, dot, l2, walk
+from deepopt.memory import MLP, Layer, Linear, Memory, Objective, Product, dot, l2, walk
 
-STRUCTURES: dict[str, type[MLP] | type[Linear]] = {"mlp": MLP, "linear": Linear}
+
+@dataclass(frozen=True)
+class Residual(Memory):
+    """A matrix memory beside a map that stays: keys (n × in) read keys @ fixed + keys @ weight."""
+
+    fixed: Expr
+    weight: Expr
+
+    @property
+    def parameters(self) -> tuple[Expr, ...]:
+        return (self.weight,)
+
+    def rebuilt(self, parameters: Sequence[Expr]) -> "Residual":
+        return Residual(self.fixed, *parameters)
+
+    def read(self, keys: Expr | None, product: Product = matmul) -> tuple[Expr, tuple[Layer, ...]]:
+        assert keys is not None
+        learnt = product(keys, self.weight)
+        return keys @ self.fixed + learnt, (Layer(self.weight, keys, learnt),)
+
+
+STRUCTURES = {"mlp": MLP, "linear": Linear, "residual": Residual}
 OBJECTIVES = {"l2": l2, "dot": dot}
 
 
@@ -21,7 +43,10 @@ OBJECTIVES = {"l2": l2, "dot": dot}
 class Learning:
     """How the memories of a layer are built and how they learn.
 
-    structure: "mlp", m(x) = x + W₁σ(W₂x) with σ = tanh (Eq. 89), or "linear", Wx.
+    structure: "mlp", m(x) = x + W₁σ(W₂x) with σ = tanh (Eq. 89), "linear", Wx, or "residual",
+        Ax + Wx (ours): the start A stays as it was trained, and only what was learnt since, W,
+        is erased and forgotten. A text that is longer than those of training wears a linear
+        memory's start away.
     objective: "l2", ½‖m(k) - v‖² (Eq. 93), or "dot", -⟨m(k), v⟩ (Eq. 92 with its sign mended).
     delta: delta gradient descent, which erases along k before it writes (Eq. 88); without it the
         write is gradient descent, in Hope at η over the length of the chunk.
@@ -30,7 +55,7 @@ class Learning:
         among the parts of Hope, its equations do not.
     """
 
-    structure: Literal["mlp", "linear"] = "mlp"
+    structure: Literal["mlp", "linear", "residual"] = "mlp"
     objective: Literal["l2", "dot"] = "l2"
     delta: bool = True
     exact: bool = True
@@ -46,11 +71,16 @@ class Learning:
 
     @property
     def count(self) -> int:
-        """How many parameters a memory has."""
+        """How many parameters a memory writes."""
         return 2 if self.structure == "mlp" else 1
 
+    @property
+    def fixed(self) -> int:
+        """How many it has that stay as they are."""
+        return 1 if self.structure == "residual" else 0
+
     def memory_of(self, parameters: tuple[Expr, ...]) -> Memory:
-        """The structure with these parameters, each [rows, columns]."""
+        """The structure with these parameters, each [rows, columns], those that stay first."""
         return STRUCTURES[self.structure](*parameters)
 
     def objective_of(self, parameters: tuple[Expr, ...], keys: Expr, values: Expr) -> Objective:
@@ -60,7 +90,7 @@ class Learning:
 
 # What the runs here use. Keys have length one, so that with η ≤ 1 no write expands what is held,
 # (αI - ηkkᵀ); cheaper than an MLP, and better at the sizes of this example (README).
-LINEAR = Learning("linear", "dot", exact=False)
+RESIDUAL = Learning("residual", "dot", exact=False)
 
 
 def read(keys: Expr, *parameters: Expr, **rule: Any) -> Expr:
@@ -71,7 +101,7 @@ def read(keys: Expr, *parameters: Expr, **rule: Any) -> Expr:
 def gradients(keys: Expr, values: Expr, *parameters: Expr, **rule: Any) -> tuple[Expr, ...]:
     """The gradients of the objective, summed over rows."""
     objective = Learning(**rule).objective_of(parameters, keys, values)
-    return tuple(grad(objective.loss, list(parameters)))
+    return tuple(grad(objective.loss, list(objective.memory.parameters)))
 
 
 def write(
@@ -88,13 +118,13 @@ def write(
 ) -> tuple[Expr, ...]:
     """One step per row: the new parameters, the new velocities and the answers to queries.
 
-    rest: the parameters at the start of the chunk; unless `fresh`, those before the first row; with
-        momentum the velocities; then any number of queries [T, d], answered just before their
-        row's step, or just after it.
+    rest: the parameters that stay, those at the start of the chunk; unless `fresh`, those before
+        the first row; with momentum the velocities; then any number of queries [T, d], answered
+        just before their row's step, or just after it.
     """
     rule = Learning(**stated)
-    n = rule.count
-    start, rest = rest[:n], rest[n:]
+    n, whole = rule.count, rule.fixed + rule.count
+    start, rest = rest[:whole], rest[whole:]
     begin, rest = (None, rest) if fresh else (rest[:n], rest[n:])
     velocity, queries = (rest[:n], rest[n:]) if rule.momentum else (None, rest)
     steps = walk(

@@ -111,7 +111,8 @@ class SelfModifyingTitans(nn.Module):
         rows, tail = self.streams(x, None if state is None else state.tail)
         memory, generators = self.begin(batch)
         if state is not None:
-            memory, generators = state.memory, state.generators
+            memory = state.memory._replace(fixed=memory.fixed)
+            generators = state.generators._replace(fixed=generators.fixed)
         answers = []
         for (now,), stop in pieces(position, config.slow_chunk, rows):
             ends = (position + stop) % config.slow_chunk == 0
@@ -126,7 +127,10 @@ class SelfModifyingTitans(nn.Module):
                 answer, memory, generators = self.slow_chunk(*work)
             generators = generators.next_chunk() if ends else generators
             answers.append(answer)
-        left = TitansState(position + length, tail, memory, generators) if keep else None
+        left = None
+        if keep:
+            carried = memory.carried(), generators.carried()
+            left = TitansState(position + length, tail, *carried)
         return torch.cat(answers, 2).transpose(1, 2), left
 
     def slow_chunk(
@@ -140,7 +144,7 @@ class SelfModifyingTitans(nn.Module):
     ) -> tuple[Tensor, Memories, Memories]:
         """Rows [4, B, H, T, d] within one chunk of the generators: answers, memories after them."""
         rule, chunk = self.rule, self.config.chunk
-        queries, keys, values, gates = self.generate(generators.start, rows)
+        queries, keys, values, gates = self.generate(generators, rows)
         answers = []
         columns = queries, keys, values, *gates.shared(self.config.sharers(chunk))
         for (query, key, value, *gate), stop in pieces(position, chunk, *columns):
@@ -180,12 +184,10 @@ class SelfModifyingTitans(nn.Module):
         """What the memories should answer to the keys: v̂ = m(v), each its own (Eq. 84)."""
         if not self.config.own_values:
             return values
-        own = self.rule.read(memories.start, values)
+        own = self.rule.read(memories, values)
         return unit(own) if self.config.unit_values else own
 
-    def generate(
-        self, generators: tuple[Tensor, ...], rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Gates]:
+    def generate(self, generators: Memories, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Gates]:
         """Queries, keys, values [B, H, T, d], and the gates of their rows."""
         config = self.config
         found: dict[str, Tensor] = dict(zip(GENERATED, (*rows, rows[3]), strict=True))
@@ -211,7 +213,7 @@ class SelfModifyingTitans(nn.Module):
     @torch.no_grad()
     def gradient_norm(self, memories: Memories, keys: Tensor, values: Tensor) -> Tensor:
         """The largest norm over all memories of a chunk's mean inner gradient."""
-        found = self.rule.gradients(memories.start, keys, values)
+        found = self.rule.gradients(memories, keys, values)
         squares = [g.square().sum((-2, -1)) for g in found]
         return torch.stack(squares).sum(0).max().sqrt() / keys.shape[-2]
 

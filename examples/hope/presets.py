@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from examples.hope import data, tasks
-from examples.hope.memories import LINEAR
+from examples.hope.memories import RESIDUAL
 from examples.hope.tasks import Stream, Task
 
 Size = Literal["quick", "cpu", "gpu"]
@@ -53,7 +53,7 @@ def _model(width: int, layers: int, heads: int, chunk: int, **more: Any) -> dict
     return {
         **sizes,
         "memory_width": width // heads,
-        **{f"inner.{name}": value for name, value in vars(LINEAR).items()},
+        **{f"inner.{name}": value for name, value in vars(RESIDUAL).items()},
         "chunk": chunk,
         "slow_chunk": 2 * chunk,
         **more,

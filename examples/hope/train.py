@@ -21,14 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from deepopt import rules
 from examples.hope import checkpoint, data, ngram, report
 from examples.hope.config import Config
-from examples.hope.memories import LINEAR, Learning
+from examples.hope.memories import RESIDUAL, Learning
 from examples.hope.model import Hope
 from torch_backend import Optimizer
 
 LEARNING_RATES = {"m3": 2e-2, "muon": 2e-2, "adamw": 1e-2}
 REST = 3e-3  # learning rate of embedding, head, vectors and memories beside a matrix rule
 PROMPT = b"\nimport "
-MODEL = Config(inner=LINEAR)
+MODEL = Config(inner=RESIDUAL)
 SMALL = replace(
     MODEL, width=32, layers=2, heads=2, memory_width=16, cms_width=64, chunk=16, slow_chunk=32
 )
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         "--variant",
         choices=tuple(VARIANTS),
         default="titans",
-        help="mlp: memories as in Eq. 89 and 93; titans: linear ones (default); attention",
+        help="mlp: memories as in Eq. 89 and 93; titans: residual ones (default); attention",
     )
     p.add_argument("--threads", type=int, default=1, help="default: 1; more only on idle cores")
     p.add_argument("--out", type=Path, help="folder (default: runs/hope/VARIANT-OPTIMIZER)")

@@ -101,6 +101,11 @@ def titans(p, x, config) -> np.ndarray:
         now = {name: [w[h * len(names) + i].T for w in initial] for i, name in enumerate(names)}
         speed = {name: [np.zeros_like(w) for w in memory] for name, memory in now.items()}
         start = dict(now)
+        # What is neither erased nor forgotten: all that a residual memory starts from.
+        stays = {
+            name: [w if rule.structure == "residual" else np.zeros_like(w) for w in memory]
+            for name, memory in now.items()
+        }
 
         def scalar(name, row, h=h):
             return row @ p[name][h, :, 0] + p[f"{name}_bias"][h, 0, 0]
@@ -131,12 +136,14 @@ def titans(p, x, config) -> np.ndarray:
                     target = answer(start[name], v)
                     target = unit(target) if config.unit_values else target
                 size = config.chunk if name == "memory" else config.slow_chunk
-                linear_dot = rule.structure == "linear" and rule.objective == "dot"
+                linear_dot = rule.structure != "mlp" and rule.objective == "dot"
                 alone = linear_dot or (rule.delta and not rule.momentum)
                 rate = eta if alone else eta / size
-                now[name], speed[name] = step(
-                    now[name], speed[name], start[name], k, target, alpha, rate, theta, **how
+                learnt = [w - a for w, a in zip(now[name], stays[name], strict=True)]
+                learnt, speed[name] = step(
+                    learnt, speed[name], start[name], k, target, alpha, rate, theta, **how
                 )
+                now[name] = [w + a for w, a in zip(learnt, stays[name], strict=True)]
     return outputs
 
 
