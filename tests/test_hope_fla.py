@@ -28,7 +28,7 @@ def both(kernel, dtype: torch.dtype, device: str = "cpu") -> list[tuple[Tensor, 
     values, weight = torch.randn(2, 3, 20, 16, **kind), torch.randn(2, 3, 16, 16, **kind)
     gates = Gates(0.9 + 0.1 * torch.rand(2, 3, 20, 1, **kind), torch.rand(2, 3, 20, 1, **kind))
     rule = InnerRule(structure="linear", objective="dot", exact=False)
-    (_, (end,), _), answers = rule.write(
+    (_, _, (end,), _), answers = rule.write(
         rule.begin((weight,)), keys, values, gates, queries, after=True
     )
     end_there, there = gated_delta(weight, keys, values, gates, queries, kernel)

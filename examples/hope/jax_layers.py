@@ -75,7 +75,10 @@ def titans(parameters: Parameters, x: Array, config: Config) -> Array:
         if config.adaptive:
             # The generators that no later row asks are not written.
             generators = jax.lax.cond(last, lambda g, _: g, learn, generators, rows)
-        return (memory, generators), one_after_another(answers)
+        told = one_after_another(answers)
+        if config.inner.fixed:
+            told = told - (1 - parameters["share"]) * (rows.queries @ memory.fixed[0])
+        return (memory, generators), told
 
     step = jax.checkpoint(slow_chunk) if config.checkpoint else slow_chunk
     state = begin(parameters["initial"], batch, config)

@@ -108,6 +108,7 @@ def init(key: Array, config: Config) -> Parameters:
         mixer = {"initial": memories(), "convolution": {"taps": taps}}
         maps = {name: matrix(width, width) for name in config.maps}
         mixer |= {"project": maps} if maps else {}
+        mixer |= {"share": full(heads, 1, d, value=0.5)} if config.inner.fixed else {}
         mixer |= gate("rate")
         mixer |= gate("retention", -3.0) if config.forget else {}
         mixer |= gate("momentum") if config.inner.momentum else {}

@@ -87,6 +87,9 @@ class SelfModifyingTitans(nn.Module):
             nn.Parameter(torch.randn(heads * count, rows, columns) * scale)
             for rows, columns, scale in shapes
         )
+        if self.rule.fixed:
+            # What stays helps to read text and hides what was learnt: half of it, at first.
+            self.share = nn.Parameter(torch.full((heads, 1, d), 0.5))
         # A linear head each that turns a row into a scalar.
         self.rate = nn.Parameter(torch.randn(heads, d, 1))
         self.rate_bias = nn.Parameter(torch.zeros(heads, 1, 1))
@@ -155,6 +158,9 @@ class SelfModifyingTitans(nn.Module):
             if (position + stop) % chunk == 0:
                 memory = memory.next_chunk()
             answers.append(answer)
+        told = torch.cat(answers, 2)
+        if self.rule.fixed:
+            told = told - (1 - self.share) * (queries @ memory.fixed[0])
         if not last and self.config.adaptive:
             # All generators are written with the same keys and rates: one axis to broadcast.
             keys, values = keys.unsqueeze(2), values.unsqueeze(2)
@@ -164,7 +170,7 @@ class SelfModifyingTitans(nn.Module):
             gates = gates.shared(self.config.sharers(self.config.slow_chunk))
             one = (slice(None), slice(None), None)
             generators, _ = rule.write(generators, keys, targets, gates.of(one))
-        return torch.cat(answers, 2), memory, generators
+        return told, memory, generators
 
     def streams(self, x: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
         """The rows of each of `STREAMS`, [4, B, H, T, d] on the unit sphere."""

@@ -130,6 +130,8 @@ def titans(p, x, config) -> np.ndarray:
                 theta = sigmoid(scalar("momentum", rows[t, 3, h]))
                 eta *= 1 - theta
             outputs[t, h] = answer(now["memory"], q)
+            if rule.structure == "residual":
+                outputs[t, h] -= (1 - p["share"][h, 0]) * (stays["memory"][0] @ q)
             for name in names:
                 target = v
                 if config.own_values:
