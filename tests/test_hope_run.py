@@ -567,6 +567,22 @@ def test_bad_options_are_explained(
     assert message in shown and shown.count("\n") == 1 and shown.startswith("error: ")
 
 
+def test_a_baseline_is_what_its_own_settings_make_it() -> None:
+    sizes = {"width": 32, "layers": 1, "heads": 2, "vocabulary": 64}
+    plain, other = (
+        presets.configuration("delta", {**sizes, "forget": forget, "inner.objective": objective})
+        for forget, objective in ((0.1, "l2"), (0.3, "dot"))
+    )
+    assert plain == other and plain["mixer"] == "delta" and plain["forget"] == 0.1
+    counts = []
+    for name in presets.model_names():
+        model = presets.make_model(name, presets.configuration(name, sizes))
+        counts.append(sum(p.numel() for p in model.parameters()))
+    assert max(counts) - min(counts) < 2 * 3 * 32
+    longer = presets.configuration("delta", {**sizes, "chunk": 16})
+    assert longer["chunk"] == 16 and longer != plain
+
+
 def test_rows_of_an_ablation() -> None:
     assert presets.row("hope") == ("hope", {})
     settings = {"periods": [1, 2], "chunk": 8, "inner.objective": "dot", "own_values": False}

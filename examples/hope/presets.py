@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -198,17 +198,18 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task | Stream:
 
 def make_model(name: str, config: Mapping[str, Any]) -> nn.Module:
     """The model with a configuration as `configuration` returns it."""
-    from examples.hope import models
     from examples.hope.config import Config
+    from examples.hope.model import LanguageModel
 
-    return models.build(name, _rebuilt(Config(), config, name))
+    return LanguageModel(_rebuilt(Config(), config, name))
 
 
 def configuration(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a model; those not given have their defaults.
+    """All settings of a model as it is built; those not given, or not read, have their defaults.
 
     Settings of a part have a dot, as in `inner.objective`. ValueError names an unknown one.
     """
+    from examples.hope import models
     from examples.hope.config import Config
 
     if name not in model_names():
@@ -220,7 +221,10 @@ def configuration(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
             nested.setdefault(first, {})[rest] = value
         else:
             nested[key] = value
-    return asdict(_rebuilt(Config(), nested, name))
+    # Trials of a baseline must not differ by settings of Hope that change nothing in it.
+    built = models.configured(name, _rebuilt(Config(), nested, name))
+    read = models.READ[name] | {"mixer", "feed_forward"}
+    return asdict(replace(Config(), **{key: getattr(built, key) for key in read}))
 
 
 def model_names() -> list[str]:
