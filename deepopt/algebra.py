@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from deepopt.expr import Expr, Shape, topological
+from deepopt.expr import Expr, Shape, symbol, topological
 from deepopt.functions import definition, static_of
 
 V = TypeVar("V")
@@ -37,6 +37,18 @@ class Program:
         """The position of the last node that reads each node; outputs are never dropped."""
         last = {arg: i for i, x in enumerate(self.nodes) for arg in x.args}
         return last | {x: len(self.nodes) for x in self.outputs.values()}
+
+
+def traced(
+    function: Callable[..., Expr | tuple[Expr, ...]], shapes: Sequence[Shape], **static: Any
+) -> tuple[Program, bool]:
+    """The program of a function of nodes, and whether it returns a tuple of them.
+
+    Its inputs are "argument 0", "argument 1", … of these shapes, its outputs "0", "1", …
+    """
+    found = function(*(symbol(f"argument {i}", shape) for i, shape in enumerate(shapes)), **static)
+    outputs = found if isinstance(found, tuple) else (found,)
+    return Program({str(i): x for i, x in enumerate(outputs)}), outputs is found
 
 
 class Algebra(ABC, Generic[V]):

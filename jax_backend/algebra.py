@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepopt.algebra import Arrays, Program, apply, constant_array, fold
+from deepopt.algebra import Arrays, Program, apply, constant_array, fold, traced
 from deepopt.expr import Shape, symbol
 from deepopt.functions import polynomials, unit
 
@@ -153,11 +153,7 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
         shapes = tuple(tuple(jnp.shape(a)[-2:]) for a in args)
         key = shapes, tuple(sorted(static.items()))
         if key not in programs:
-            symbols = [symbol(f"argument {i}", shape) for i, shape in enumerate(shapes)]
-            result = function(*symbols, **static)
-            several = isinstance(result, tuple)
-            outputs = {str(i): x for i, x in enumerate(result if several else (result,))}
-            programs[key] = Program(outputs), several
+            programs[key] = traced(function, shapes, **static)
         program, several = programs[key]
         inputs = {f"argument {i}": a for i, a in enumerate(args)}
         out = tuple(fold(program, Jax(jnp.result_type(*arrays)), inputs).values())

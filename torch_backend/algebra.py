@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepopt.algebra import Algebra, Arrays, Program, apply, constant_array
-from deepopt.expr import COMPARISONS, Expr, Shape, symbol
+from deepopt.algebra import Algebra, Arrays, Program, apply, constant_array, traced
+from deepopt.expr import COMPARISONS, Expr, Shape
 from deepopt.functions import FUNCTIONS, definition, static_of
 from deepopt.oracle import NUMPY
 
@@ -327,21 +327,19 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     programs, names = SimpleNamespace(), dict[Any, str]()
 
-    def traced(shapes: tuple[Shape, ...], static: Any, *kind: Any) -> str:
+    def name_of(shapes: tuple[Shape, ...], static: Any, *kind: Any) -> str:
         key = shapes, static, kind
         if key not in names:
-            symbols = [symbol(f"argument {i}", shape) for i, shape in enumerate(shapes)]
-            found = function(*symbols, **dict(static))
-            several = isinstance(found, tuple)
-            program = Program({str(i): x for i, x in enumerate(found if several else (found,))})
-            straight = Compiled(program, Torch(*kind)).straight([str(s["name"]) for s in symbols])
+            program, several = traced(function, shapes, **dict(static))
+            inputs = [f"argument {i}" for i in range(len(shapes))]
+            straight = Compiled(program, Torch(*kind)).straight(inputs)
             names[key] = f"program_{len(names)}"
             once = straight if several else lambda *args: straight(*args)[0]
             setattr(programs, names[key], once)
         return names[key]
 
     # Torch's compiler takes the name as it is, without a look at how it was found.
-    constant = torch.compiler.assume_constant_result(traced)
+    constant = torch.compiler.assume_constant_result(name_of)
 
     @wraps(function)
     def run(*args: Tensor | float, **static: Any) -> Any:
@@ -349,7 +347,7 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
         if not tensors:
             raise TypeError(f"{function!r} was lifted to tensors, but none is among {args!r}")
         shapes = tuple(tuple(a.shape[-2:]) if isinstance(a, Tensor) else () for a in args)
-        named = constant if torch.compiler.is_compiling() else traced
+        named = constant if torch.compiler.is_compiling() else name_of
         kind = tensors[0].dtype, tensors[0].device
         return getattr(programs, named(shapes, tuple(static.items()), *kind))(*args)
 

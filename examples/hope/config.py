@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
 
+from examples.hope.kinds import check_fields
 from examples.hope.memories import Learning
 
 EPSILON = 1e-6  # beside mean squares; torch's own default differs between precisions
@@ -78,12 +79,10 @@ class Config:
         return 1 if alike or (rule.delta and not rule.momentum) else size
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.forget:
             generated = tuple(name for name in self.adaptive if name != "retention")
             object.__setattr__(self, "adaptive", generated)
-        for name in ("width", "layers", "heads", "memory_width", "chunk", "slow_chunk"):
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"{name} {getattr(self, name)!r}: a whole number is asked for")
         if self.width < 1 or self.heads < 1 or self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         if self.chunk < 1 or self.slow_chunk < 1 or self.slow_chunk % self.chunk:
@@ -106,7 +105,7 @@ class Config:
             raise ValueError(f"forget {self.forget}: a share of a memory lies in [0, 1]")
         if not 0 < self.rate_cap < math.inf:
             raise ValueError(f"rate_cap {self.rate_cap}: a learning rate is positive and finite")
-        if not self.periods or any(not isinstance(p, int) or p < 1 for p in self.periods):
+        if not self.periods or any(p < 1 for p in self.periods):
             raise ValueError(f"periods {self.periods}: one step or more for each of the levels")
         if sorted(self.periods) != list(self.periods):
             raise ValueError(f"periods {self.periods}: the highest frequency comes first (Fig. 5)")

@@ -165,10 +165,8 @@ def _stream(rows: Sequence[Row], label: str, parts: Sequence[str]) -> Map:
     all_of = [r["matrix"] for r in rows if r["label"] == label and r["status"] == "finished"]
     size = range(len(all_of[0]) if all_of else 0)
     values = [[sum(m[i][j] for m in all_of) / len(all_of) for j in size] for i in size]
-    names = [
-        f"{i + 1} {part if len(part) <= 10 else f'{part[:9]}…'}" for i, part in enumerate(parts)
-    ]
-    names = names[: len(values)]
+    short = [part if len(part) <= 10 else f"{part[:9]}…" for part in parts[: len(values)]]
+    names = [f"{i} {part}" for i, part in enumerate(short, 1)]
     return Map(values, names, names, "score on (across) after training on (down)")
 
 

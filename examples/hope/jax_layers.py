@@ -52,10 +52,8 @@ def titans(parameters: Parameters, x: Array, config: Config) -> Array:
     x = jnp.pad(x, ((0, 0), (0, count * size - length), (0, 0)))
 
     def chunk(memory: Memories, rows: Rows) -> tuple[Memories, Array]:
-        values, rate = (
-            targets(memory, rows.values, config),
-            rows.rate / config.sharers(config.chunk),
-        )
+        values = targets(memory, rows.values, config)
+        rate = rows.rate / config.sharers(config.chunk)
         rows = rows._replace(values=values, rate=rate)
         return write(memory, rows, config.inner, answers=True)
 

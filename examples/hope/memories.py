@@ -13,6 +13,7 @@ from typing import Any, Literal
 from deepopt.expr import Expr, matmul
 from deepopt.grad import grad
 from deepopt.memory import MLP, Layer, Linear, Memory, Objective, Product, dot, l2, walk
+from examples.hope.kinds import check_fields
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Learning:
     momentum: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name, value, choices in (
             ("structure", self.structure, tuple(STRUCTURES)),
             ("objective", self.objective, tuple(OBJECTIVES)),

@@ -71,8 +71,8 @@ class SelfModifyingTitans(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config, self.rule = config, InnerRule.of(config.inner)
-        d, heads = config.width // config.heads, config.heads
-        width = config.width
+        width, heads = config.width, config.heads
+        d = width // heads
         self.project = nn.ModuleDict(
             {name: nn.Linear(width, width, bias=False) for name in config.maps}
         )
@@ -159,7 +159,7 @@ class SelfModifyingTitans(nn.Module):
                 memory = memory.next_chunk()
             answers.append(answer)
         told = torch.cat(answers, 2)
-        if self.rule.fixed:
+        if rule.fixed:
             told = told - (1 - self.share) * (queries @ memory.fixed[0])
         if not last and self.config.adaptive:
             # All generators are written with the same keys and rates: one axis to broadcast.

@@ -94,9 +94,9 @@ class LanguageModel(nn.Module):
         The linear maps between embedding and head, and stacks of matrices where memories start.
         Gates, which have a bias, are one vector a head.
         """
-        found: dict[str, list[Tensor]] = {}
+        found: dict[str, list[Tensor]] = {"stacked": []}
         for part in self.blocks.modules():
-            found.setdefault("stacked", []).extend(getattr(part, "initial", ()))
+            found["stacked"] += getattr(part, "initial", ())
             if isinstance(part, nn.Linear) and part.bias is None:
                 view = f"split:{part.count}" if isinstance(part, Fused) else "stacked"
                 found.setdefault(view, []).append(part.weight)

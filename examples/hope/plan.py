@@ -22,7 +22,6 @@ from examples.hope.tasks import Stream
 TUNING_SEED = 1000  # far from the seeds that are reported, 0, 1, …
 GRID = (1 / math.sqrt(10), 1.0, math.sqrt(10))  # factors of the learning rate
 TUNING_PARTS = 3  # of a stream, at most: a rate tuned on its end would know what comes
-SOLVED = 0.99
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,12 @@ class Trials:
     def __init__(self, plan: Plan, makers: Makers, task: study.Task | Stream) -> None:
         self._plan, self._task = plan, task
         answers = {"vocabulary": task.vocabulary, "outputs": task.outputs}
-        self._configs = {
-            c.label: makers.configure(c.model, {**answers, **c.settings}) for c in plan.contenders
-        }
         for name in answers:
             if any(name in c.settings for c in plan.contenders):
                 raise ValueError(f"{name} is given by the task, {answers[name]} here")
+        self._configs = {
+            c.label: makers.configure(c.model, {**answers, **c.settings}) for c in plan.contenders
+        }
         if isinstance(task, Stream) and len(task.parts) < 2:
             raise ValueError(f"{plan.task} has only {task.parts}: a stream has at least two parts")
         for contender in plan.contenders:
@@ -221,7 +220,7 @@ def _write(
     every = "".join(json.dumps(row) + "\n" for stage in stages for row in stage.rows())
     _replace(plan.out / "results.jsonl", every)
     labels = [contender.label for contender in plan.contenders]
-    solved = SOLVED if task.better == "higher" and not isinstance(task, Stream) else None
+    solved = table.SOLVED if task.better == "higher" and not isinstance(task, Stream) else None
     lines = table.lines(rows, headline, labels, solved)
     codes = {row.get("code", "") for row in rows}
     about = {

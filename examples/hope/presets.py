@@ -6,11 +6,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import nn
 
-from examples.hope import data, tasks
+from examples.hope import data, kinds, tasks
 from examples.hope.memories import RESIDUAL
 from examples.hope.tasks import Stream, Task
 
@@ -181,15 +181,14 @@ def preset(name: str) -> Preset:
 def make_task(name: str, options: Mapping[str, Any]) -> Task | Stream:
     """The task with options as in a scale; `data` is the path of a corpus."""
     chosen, options = preset(name), {k: _tuple(v) for k, v in options.items()}
-    known = [*inspect.signature(chosen.make).parameters]
-    known = [*(x for x in known if x != "corpus"), *(["data"] if chosen.text else [])]
     parameters = inspect.signature(chosen.make).parameters
+    known = [*(x for x in parameters if x != "corpus"), *(["data"] if chosen.text else [])]
     for key, value in options.items():
         if key not in known:
             raise ValueError(f"task {name} has no option {key!r}: {nearest(key, known)}")
         default = parameters[key].default if key in parameters else ""
         if default is not inspect.Parameter.empty:
-            check_kind(key, value, default)
+            kinds.check(key, value, default)
     if chosen.text:
         path = options.pop("data", None)
         return chosen.make(data.load(path, options["length"]), **options)
@@ -212,8 +211,6 @@ def configuration(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     from examples.hope import models
     from examples.hope.config import Config
 
-    if name not in model_names():
-        raise ValueError(f"no model is called {name!r}: {nearest(name, model_names())}")
     nested: dict[str, Any] = {}
     for key, value in settings.items():
         first, _, rest = key.partition(".")
@@ -254,28 +251,6 @@ def assignments(texts: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def check_kind(name: str, value: Any, default: Any) -> None:
-    """Raise ValueError where a value is of another kind than the default of the same name."""
-    kinds: tuple[tuple[type, Any, str], ...] = (
-        (bool, bool, "true or false"),
-        (int, int, "a whole number"),
-        (float, int | float, "a number"),
-        (str, str, "a word"),
-        (tuple, tuple | list, "a list, such as [1, 2]"),
-    )
-    for kind, wanted, said in kinds:
-        if isinstance(default, kind):
-            truth = isinstance(value, bool) and kind is not bool  # Python's own bool is an int
-            if truth or not isinstance(value, wanted):
-                raise ValueError(f"{name}={value!r}: {said} is asked for")
-            if isinstance(default, tuple) and default:
-                for x in cast(Any, value):
-                    check_kind(name, x, default[0])
-            return
-    if is_dataclass(default):
-        raise ValueError(f"{name}={value!r}: its settings have names such as {name}.structure")
-
-
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint at what `name` may have meant."""
     names = list(names)
@@ -291,9 +266,6 @@ def _rebuilt(default: Any, given: Mapping[str, Any], owner: str) -> Any:
     for key in given:
         if key not in known:
             raise ValueError(f"{owner} has no setting {key!r}: {nearest(key, known)}")
-    for key, value in given.items():
-        if not (is_dataclass(known[key]) and isinstance(value, Mapping)):
-            check_kind(key, value, known[key])
     values = {
         key: _rebuilt(known[key], value, f"{owner}: {key}")
         if is_dataclass(known[key]) and isinstance(value, Mapping)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from examples.hope.tasks import metrics
 
+SOLVED = 0.99  # the score from which on a seed counts as solved, where that is asked
 Row = Mapping[str, Any]  # of results.jsonl: a result with label, seed, lr
 
 
@@ -72,7 +73,6 @@ def lines(
         names = dict.fromkeys(name for row in good for name in row["scores"])
         pairs = [(row["scores"].get(headline), first.get(row["seed"])) for row in good]
         apart = [a - b for a, b in pairs if a is not None and b is not None]
-        reached = [score is not None and score >= (solved or 0) for score, _ in pairs]
         found.append(
             Line(
                 label=label,
@@ -81,7 +81,7 @@ def lines(
                 diverged=len(of_label) - len(good),
                 scores={n: estimate([row["scores"].get(n) for row in good]) for n in names},
                 difference=estimate(apart if label != labels[0] else []),
-                solved=None if solved is None else sum(reached),
+                solved=None if solved is None else sum((s or 0) >= solved for s, _ in pairs),
                 parameters=of_label[0]["parameters"],
                 steps=max(row["steps"] for row in of_label),
                 step_ms=statistics.fmean(row["step_ms"] for row in of_label),
@@ -121,10 +121,8 @@ def markdown(
         cells = [[name, *(f"{x.scores.get(name, nothing)}" for x in table)] for name in others]
         text += "\n" + _pipes(["score", *(x.label for x in table)], cells, "l" + "r" * len(table))
     text += "\nMean over seeds ± half the width of its 95 % interval (Student's t). The difference "
-    text += (
-        "is the mean over the seeds that both models finished. Solved: seeds with a score of at "
-    )
-    text += "least 0.99, and Wilson's 95 % interval of their share.\n\n"
+    text += "is the mean over the seeds that both models finished. Solved: seeds with a score of "
+    text += f"at least {SOLVED}, and Wilson's 95 % interval of their share.\n\n"
     for name, value in about.items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{k}: {v}" for k, v in value.items())
@@ -151,9 +149,9 @@ def csv_text(table: Sequence[Line], headline: str) -> str:
 
 
 def _solved(line: Line) -> str:
-    count = line.finished + line.diverged
     if line.solved is None:
         return "–"
+    count = line.finished + line.diverged
     low, high = metrics.wilson(line.solved, count)
     return f"{line.solved} of {count} ({low:.2f} to {high:.2f})"
 

@@ -26,7 +26,7 @@ from examples.hope.model import Hope
 from torch_backend import Optimizer
 
 LEARNING_RATES = {"m3": 2e-2, "muon": 2e-2, "adamw": 1e-2}
-REST = 3e-3  # learning rate of embedding, head, vectors and memories beside a matrix rule
+REST = 3e-3  # learning rate of embedding, head and vectors beside a matrix rule
 PROMPT = b"\nimport "
 MODEL = Config(inner=RESIDUAL)
 SMALL = replace(

@@ -41,112 +41,148 @@ def convolution(x, taps) -> np.ndarray:
     return result
 
 
-# A memory is a list of matrices: [W], or [W2, W1] of m(x) = x + W1 tanh(W2 x).
+def answer(structure, fixed, state, x):
+    """state: list of column matrices; fixed: the constant A of "residual" (column matrix)."""
+    if structure == "linear":
+        return state[0] @ x
+    if structure == "residual":
+        return fixed @ x + state[0] @ x
+    if structure == "mlp":
+        return x + state[1] @ np.tanh(state[0] @ x)
+    raise ValueError(structure)
 
 
-def answer(memory, x) -> np.ndarray:
-    """What a memory says to one key (Eq. 89)."""
-    if len(memory) == 1:
-        return memory[0] @ x
-    lower, upper = memory
-    return x + upper @ np.tanh(lower @ x)
-
-
-def gradients(memory, k, v, objective) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each layer the factors (slope, input) of the gradient slope inputᵀ (Eq. 92, 93)."""
-    error = {"l2": answer(memory, k) - v, "dot": -v}[objective]
-    if len(memory) == 1:
-        return [(error, k)]
-    lower, upper = memory
-    z = np.tanh(lower @ k)
-    return [((upper.T @ error) * (1 - z * z), k), (error, z)]
-
-
-def step(
-    now, speed, start, k, v, alpha, eta, theta=0.0, *, objective="l2", delta=True, exact=True
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """One token: S <- theta S - eta G, M <- M (alpha I - eta x xᵀ) + S, the gradient G at `start`.
-
-    Theta is 0 without momentum, which makes it Eq. 88 and 90.
-    """
-    new, speeds = [], []
-    for w, s, (slope, x) in zip(now, speed, gradients(start, k, v, objective), strict=True):
-        rate = eta / (1 + eta * x @ x) if exact else eta
-        s = theta * s - rate * np.outer(slope, x)
-        erased = rate * np.outer(x, x) if delta else 0.0
-        new.append(w @ (alpha * np.eye(len(x)) - erased) + s)
-        speeds.append(s)
-    return new, speeds
+def inputs_and_slopes(structure, objective, fixed, state, k, target):
+    """Per layer (h, s) with gradient s h^T for the column matrix, at `state`."""
+    out = answer(structure, fixed, state, k)
+    if objective == "l2":
+        delta = out - target
+    elif objective == "dot":
+        delta = -target
+    else:
+        raise ValueError(objective)
+    if structure == "mlp":
+        h = np.tanh(state[0] @ k)
+        back = state[1].T @ delta
+        return [(k, back * (1.0 - h * h)), (h, delta)]
+    return [(k, delta)]
 
 
 def titans(p, x, config) -> np.ndarray:
     """Self-modifying Titans (Eq. 83 to 90): answers [T, heads, d] to rows x [T, width].
 
-    p: the parameters by name. A memory of `config.adaptive` is written as if it had its own copy
-    of everything; `chunk` and `slow_chunk` say how old the states are at which gradients, targets
-    and what is generated are taken.
+    p: the parameters by name.
     """
-    rule, names = config.inner, (*config.adaptive, "memory")
-    heads, d = config.heads, config.width // config.heads
-    how = {"objective": rule.objective, "delta": rule.delta, "exact": rule.exact}
+    T = x.shape[0]
+    width, heads = config.width, config.heads
+    d = width // heads
+    adaptive = tuple(config.adaptive)
+    names = (*adaptive, "memory")
+    G = len(names)
+    inner = config.inner
+    structure = inner.structure
+
     streams = []
     for name in ("query", "key", "value", "gates"):
-        plain = not config.projected and (name == "gates" or name in config.adaptive)
-        streams.append(x if plain else x @ p[f"project.{name}.weight"].T)
-    mixed = convolution(np.concatenate(streams, 1), p["convolution.taps"])
-    rows = unit(mixed.reshape(len(x), 4, heads, d))
-    initial = [p[f"initial.{i}"] for i in range(2 if rule.structure == "mlp" else 1)]
-    outputs = np.zeros((len(x), heads, d))
-    for h in range(heads):
-        now = {name: [w[h * len(names) + i].T for w in initial] for i, name in enumerate(names)}
-        speed = {name: [np.zeros_like(w) for w in memory] for name, memory in now.items()}
-        start = dict(now)
-        # What is neither erased nor forgotten: all that a residual memory starts from.
-        stays = {
-            name: [w if rule.structure == "residual" else np.zeros_like(w) for w in memory]
-            for name, memory in now.items()
-        }
+        if config.projected:
+            has = True
+        else:
+            has = name != "gates" and name not in adaptive
+        if has:
+            streams.append(x @ p[f"project.{name}.weight"].T)
+        else:
+            streams.append(x.copy())
+    mixed = convolution(np.concatenate(streams, axis=1), p["convolution.taps"])
 
-        def scalar(name, row, h=h):
-            return row @ p[name][h, :, 0] + p[f"{name}_bias"][h, 0, 0]
+    result = np.zeros((T, heads, d))
+    for head in range(heads):
+        now, start, fixed, velocity, size = {}, {}, {}, {}, {}
+        for i, name in enumerate(names):
+            first = p["initial.0"][head * G + i].T
+            fixed[name] = None
+            if structure == "linear":
+                now[name] = [first.copy()]
+            elif structure == "residual":
+                fixed[name] = first.copy()
+                now[name] = [np.zeros_like(first)]
+            elif structure == "mlp":
+                now[name] = [first.copy(), p["initial.1"][head * G + i].T.copy()]
+            else:
+                raise ValueError(structure)
+            velocity[name] = [np.zeros_like(M) for M in now[name]]
+            size[name] = config.chunk if name == "memory" else config.slow_chunk
 
-        for t in range(len(x)):
+        for t in range(T):
             for name in names:
-                if t % (config.chunk if name == "memory" else config.slow_chunk) == 0:
-                    start[name] = now[name]
-            made = dict(zip(("query", "key", "value"), rows[t, :3, h], strict=True))
-            made |= {"rate": rows[t, 3, h], "retention": rows[t, 3, h]}
-            made |= {name: answer(start[name], made[name]) for name in config.adaptive}
-            q, k = unit(made["query"]), unit(made["key"])
-            v = unit(made["value"]) if config.unit_values else made["value"]
-            cap = config.rate_cap
-            eta = cap * (1 - np.exp(-softplus(scalar("rate", made["rate"])) / cap))
-            alpha, theta = 1.0, 0.0
-            if config.forget:
-                alpha = 1 - config.forget * sigmoid(scalar("retention", made["retention"]))
-            if cap > 1:
-                eta *= (1 + alpha) / 2
-            if rule.momentum:
-                theta = sigmoid(scalar("momentum", rows[t, 3, h]))
-                eta *= 1 - theta
-            outputs[t, h] = answer(now["memory"], q)
-            if rule.structure == "residual":
-                outputs[t, h] -= (1 - p["share"][h, 0]) * (stays["memory"][0] @ q)
-            for name in names:
-                target = v
-                if config.own_values:
-                    target = answer(start[name], v)
-                    target = unit(target) if config.unit_values else target
-                size = config.chunk if name == "memory" else config.slow_chunk
-                linear_dot = rule.structure != "mlp" and rule.objective == "dot"
-                alone = linear_dot or (rule.delta and not rule.momentum)
-                rate = eta if alone else eta / size
-                learnt = [w - a for w, a in zip(now[name], stays[name], strict=True)]
-                learnt, speed[name] = step(
-                    learnt, speed[name], start[name], k, target, alpha, rate, theta, **how
+                if t % size[name] == 0:
+                    start[name] = [M.copy() for M in now[name]]
+
+            plain = {}
+            for i, name in enumerate(("query", "key", "value", "gates")):
+                plain[name] = unit(mixed[t, i * width + head * d : i * width + (head + 1) * d])
+
+            row = {
+                "query": plain["query"],
+                "key": plain["key"],
+                "value": plain["value"],
+                "rate": plain["gates"],
+                "retention": plain["gates"],
+            }
+            for name in adaptive:
+                row[name] = answer(structure, fixed[name], start[name], row[name])
+
+            q = unit(row["query"])
+            k = unit(row["key"])
+            v = unit(row["value"]) if config.unit_values else row["value"]
+
+            z = row["rate"] @ p["rate"][head, :, 0] + p["rate_bias"][head, 0, 0]
+            eta = config.rate_cap * (1.0 - np.exp(-softplus(z) / config.rate_cap))
+            if config.forget > 0:
+                z = row["retention"] @ p["retention"][head, :, 0] + p["retention_bias"][head, 0, 0]
+                alpha = 1.0 - config.forget * sigmoid(z)
+            else:
+                alpha = 1.0
+            if config.rate_cap > 1:
+                eta = eta * (1.0 + alpha) / 2.0
+            if inner.momentum:
+                theta = sigmoid(
+                    plain["gates"] @ p["momentum"][head, :, 0] + p["momentum_bias"][head, 0, 0]
                 )
-                now[name] = [w + a for w, a in zip(learnt, stays[name], strict=True)]
-    return outputs
+                eta = eta * (1.0 - theta)
+            else:
+                theta = 0.0
+
+            # read before write
+            if structure == "residual":
+                result[t, head] = p["share"][head, 0] * (fixed["memory"] @ q) + now["memory"][0] @ q
+            else:
+                result[t, head] = answer(structure, fixed["memory"], now["memory"], q)
+
+            # write every memory
+            for name in names:
+                if config.own_values:
+                    target = answer(structure, fixed[name], start[name], v)
+                    if config.unit_values:
+                        target = unit(target)
+                else:
+                    target = v
+                undivided = (inner.objective == "dot" and structure != "mlp") or (
+                    inner.delta and not inner.momentum
+                )
+                step = eta if undivided else eta / size[name]
+                layers = inputs_and_slopes(
+                    structure, inner.objective, fixed[name], start[name], k, target
+                )
+                for i, (h, s) in enumerate(layers):
+                    r = step / (1.0 + step * (h @ h)) if inner.exact else step
+                    S = theta * velocity[name][i] - r * np.outer(s, h)
+                    velocity[name][i] = S
+                    M = now[name][i]
+                    if inner.delta:
+                        now[name][i] = M @ (alpha * np.eye(len(h)) - r * np.outer(h, h)) + S
+                    else:
+                        now[name][i] = alpha * M + S
+    return result
 
 
 def mlp(p, x) -> np.ndarray:

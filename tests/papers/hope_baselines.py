@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .hope import answer, convolution, rms_norm, sigmoid, silu, softplus, step, unit
+from .hope import answer, convolution, inputs_and_slopes, rms_norm, sigmoid, silu, softplus, unit
 
 
 def softmax(x) -> np.ndarray:
@@ -59,59 +59,76 @@ def convolved(p, x, heads) -> np.ndarray:
 
 def gated_delta(p, x, heads) -> np.ndarray:
     """M <- alpha M (I - beta k kᵀ) + alpha beta v kᵀ from zero, then M q."""
-    rows = silu(convolution(x @ p["project.weight"].T, p["convolution.taps"]))
-    rows = rows.reshape(len(x), 3, heads, -1)
-    gates = (x @ p["gates.weight"].T + p["gates.bias"]).reshape(len(x), 2, heads)
-    outputs = np.zeros_like(rows[:, 0])
-    d = rows.shape[-1]
-    for h in range(heads):
+    T, width = x.shape
+    d = width // heads
+    mixed = convolution(x @ p["project.weight"].T, p["convolution.taps"])
+    mixed = silu(mixed)
+    result = np.zeros((T, heads, d))
+    for head in range(heads):
         M = np.zeros((d, d))
-        for t in range(len(x)):
-            q, k, v = unit(rows[t, 0, h]), unit(rows[t, 1, h]), rows[t, 2, h]
-            beta = 2 * sigmoid(gates[t, 0, h])
-            alpha = np.exp(-softplus(gates[t, 1, h] + p["decay"][h]))
+        for t in range(T):
+            a = head * d
+            q = unit(mixed[t, a : a + d])
+            k = unit(mixed[t, width + a : width + a + d])
+            v = mixed[t, 2 * width + a : 2 * width + a + d]
+            gates = p["gates.weight"] @ x[t] + p["gates.bias"]
+            beta = 2.0 * sigmoid(gates[head])
+            alpha = np.exp(-softplus(gates[heads + head] + p["decay"][head]))
             M = alpha * (M @ (np.eye(d) - beta * np.outer(k, k)) + beta * np.outer(v, k))
-            outputs[t, h] = M @ q
-    return outputs
+            result[t, head] = M @ q
+    return result
 
 
 def titans_as_context(p, x, heads, size) -> np.ndarray:
-    """Titans, memory as context (arXiv 2501.00663, Eq. 21 to 25), [T, heads, d].
+    """Titans, memory as context (arXiv 2501.00663, Eq. 21 to 25), [T, heads, d]."""
+    T, width = x.shape
+    d = width // heads
+    mixed = convolution(x @ p["project.weight"].T, p["convolution.taps"])
 
-    Persistent rows, what the memory of the segments before recalls, and the segment itself are
-    attended to; the memory learns the outputs by S <- theta S - eta G, M <- alpha M + S.
-    """
-    rows = convolution(x @ p["project.weight"].T, p["convolution.taps"])
-    rows = rows.reshape(len(x), 3, heads, -1)
-    outputs = np.zeros_like(rows[:, 0])
-    y = np.zeros_like(outputs)
-    d = rows.shape[-1]
-    memories = [[p["initial.0"][h].T, p["initial.1"][h].T] for h in range(heads)]
-    speeds = [[np.zeros_like(w) for w in memory] for memory in memories]
-    for begin in range(0, len(x), size):
-        starts = list(memories)
-        keys = [list(p["persistent"][0, h]) for h in range(heads)]
-        values = [list(p["persistent"][1, h]) for h in range(heads)]
-        for t in range(begin, min(begin + size, len(x))):
-            R = rotation(t - begin, d)
-            for h in range(heads):
-                q, k, v = rows[t, :, h]
-                recalled = answer(starts[h], unit(q))
-                keys[h] += [R @ recalled, R @ k]
-                values[h] += [recalled, v]
-                y[t, h] = attention(R @ q, keys[h], values[h])
-            learnt = split(p, "learn", y[t].reshape(1, -1), heads)[0]
-            gates = p["gates.weight"] @ y[t].reshape(-1) + p["gates.bias"]
-            eta, forget, theta = sigmoid(gates).reshape(3, heads)
-            for h in range(heads):
-                query, key, value = unit(learnt[:, h])
-                memories[h], speeds[h] = step(
-                    *(memories[h], speeds[h], starts[h], key, value),
-                    *(1 - 0.1 * forget[h], eta[h] * (1 - theta[h]) / size, theta[h]),
-                    delta=False,
-                )
-                outputs[t, h] = y[t, h] * answer(memories[h], query)
-    return outputs
+    now = [[p["initial.0"][head].T.copy(), p["initial.1"][head].T.copy()] for head in range(heads)]
+    velocity = [[np.zeros_like(M) for M in now[head]] for head in range(heads)]
+    start = [None] * heads
+    keys = [None] * heads
+    values = [None] * heads
+
+    result = np.zeros((T, heads, d))
+    for t in range(T):
+        place = t % size
+        R = rotation(place, d)
+        y = np.zeros(width)
+        for head in range(heads):
+            if place == 0:
+                start[head] = [M.copy() for M in now[head]]
+                keys[head] = [row for row in p["persistent"][0, head]]
+                values[head] = [row for row in p["persistent"][1, head]]
+            a = head * d
+            q = mixed[t, a : a + d]
+            k = mixed[t, width + a : width + a + d]
+            v = mixed[t, 2 * width + a : 2 * width + a + d]
+            recalled = answer("mlp", None, start[head], unit(q))
+            keys[head].append(R @ recalled)
+            values[head].append(recalled)
+            keys[head].append(R @ k)
+            values[head].append(v)
+            y[a : a + d] = attention(R @ q, keys[head], values[head])
+
+        learnt = p["learn.weight"] @ y
+        gates = sigmoid(p["gates.weight"] @ y + p["gates.bias"])
+        for head in range(heads):
+            a = head * d
+            query = unit(learnt[a : a + d])
+            key = unit(learnt[width + a : width + a + d])
+            value = unit(learnt[2 * width + a : 2 * width + a + d])
+            eta, f, theta = gates[head], gates[heads + head], gates[2 * heads + head]
+            eta = eta / size * (1.0 - theta)
+            for i, (h, s) in enumerate(
+                inputs_and_slopes("mlp", "l2", None, start[head], key, value)
+            ):
+                r = eta / (1.0 + eta * (h @ h))
+                velocity[head][i] = theta * velocity[head][i] - r * np.outer(s, h)
+                now[head][i] = (1.0 - 0.1 * f) * now[head][i] + velocity[head][i]
+            result[t, head] = y[a : a + d] * answer("mlp", None, now[head], query)
+    return result
 
 
 def swiglu(p, x) -> np.ndarray:
