@@ -253,6 +253,9 @@ def test_what_does_not_fit_is_explained() -> None:
     mine = learner()
     with pytest.raises(ValueError, match=r"shape \(15,\): a whole number of segments of 10"):
         mine.learn(text(15))
+    with pytest.raises(ValueError, match=r"tokens of torch\.float32: bytes"):
+        mine.learn(text(10).float())
+    assert mine.read == 0
     other = learner(rule=rules.SGD(lr=0.5), levels=(0,))
     with pytest.raises(ValueError, match=r"levels: saved \(0, 1, 2\), here \(0,\); lr: saved 0.01"):
         other.load_state_dict(mine.state_dict())

@@ -114,7 +114,7 @@ def test_short_rows_stay_short() -> None:
     np.testing.assert_allclose(slopes, rows.grad.numpy(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["default", "linear momentum, one sum of levels"])
+@pytest.mark.parametrize("name", ["default", "residual", "linear momentum, one sum of levels"])
 def test_gradients_are_those_of_torch(name: str) -> None:
     config = CONFIGS[name]
     with double_precision():

@@ -1,5 +1,6 @@
 """The models of the Hope example: against the text of them in `papers`, and what they promise."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -14,12 +15,12 @@ from papers import hope, hope_baselines
 from torch import Tensor, nn
 
 from deepopt import rules
-from examples.hope import models
+from examples.hope import models, train
 from examples.hope.baselines import GatedDelta, RotaryAttention, Segments, SwiGLU, rotate
 from examples.hope.cms import ContinuumMemory, Level, stacked
 from examples.hope.config import Config
-from examples.hope.inner import Gates, InnerRule
-from examples.hope.memories import Learning
+from examples.hope.inner import Gates, InnerRule, unit
+from examples.hope.memories import RESIDUAL, Learning
 from examples.hope.mixers import Attention, SelfModifyingTitans
 from examples.hope.model import MIXERS, LanguageModel
 from torch_backend import Optimizer
@@ -239,6 +240,43 @@ def test_no_mixer_overshoots(mixer: Any, delta: bool, chunk: int) -> None:
     with torch.no_grad():
         answers, _ = module(torch.randn(2, 20 * chunk, 32))
     assert answers.abs().max() < 20
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_half_precision_answers_about_the_same(mixer: Any) -> None:
+    """Under autocast and as a whole; within what bfloat16 can tell, 2⁻⁸ an operation."""
+    torch.manual_seed(0)
+    config = replace(TINY, mixer=mixer, inner=RESIDUAL if mixer == "titans" else Learning())
+    model = LanguageModel(config)
+    x = tokens(2, LENGTH)
+    with torch.no_grad():
+        single = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(x).float(), single, rtol=0, atol=0.02)
+        half = model.bfloat16()(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), single, rtol=0, atol=0.03)
+
+
+def test_retentions_of_a_long_chunk_keep_their_digits_under_autocast() -> None:
+    """Half of a memory forgotten at each of 64 rows: sums of logarithms beyond 40."""
+    key, value = torch.randn(2, 1, 64, 4)
+    key, start = unit(key), (torch.randn(1, 4, 4),)
+    gates = Gates(torch.full((1, 64, 1), 0.5), torch.full((1, 64, 1), 0.1))
+    rule = InnerRule.of(RESIDUAL)
+    expected, told = rule.write(rule.begin(start), key, value, gates, key)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, answers = rule.write(rule.begin(start), key, value, gates, key)
+    torch.testing.assert_close(found.now[0].float(), expected.now[0], rtol=0, atol=0.02)
+    torch.testing.assert_close(answers.float(), told, rtol=0, atol=0.03)
+
+
+def test_nothing_to_read_is_refused() -> None:
+    model = LanguageModel(TINY)
+    for call in (model, model.stream):
+        with pytest.raises(ValueError, match=r"tokens of shape \(2, 0\): at least one in a row"):
+            call(tokens(2, 0))
 
 
 def leaves(state: Any) -> Iterator[Tensor]:
@@ -504,6 +542,14 @@ def test_models_have_as_many_parameters_as_hope(config: Config, name: str) -> No
     assert abs(models.count(models.configured(name, config)) / hope - 1) < 0.01
 
 
+def test_a_swiglu_takes_as_many_parameters_as_the_continuum() -> None:
+    chain = models.count(models.configured("hope", TINY))
+    other = models.configured("hope", replace(TINY, feed_forward="swiglu"))
+    # A unit of its width is three vectors.
+    assert abs(models.count(other) - chain) <= 3 * TINY.width
+    assert other.cms_width != TINY.cms_width
+
+
 PARTS = {
     "hope": (SelfModifyingTitans, ContinuumMemory),
     "hope-attention": (Attention, ContinuumMemory),
@@ -522,6 +568,36 @@ def test_a_model_is_built_by_name(name: str) -> None:
     assert type(model.blocks[0].feed_forward) is feed_forward
     assert bool(model.cms_levels()) == (feed_forward is ContinuumMemory)
     assert sum(p.numel() for p in model.parameters()) == models.count(model.config)
+
+
+# By the ends of names; all others are vectors, or lie before the first block or after the last.
+VIEWS = {
+    "stacked": r"(query|key|value|gates|gate|out|down|levels.\d.up).weight|initial.\d",
+    "split:3": r"(project|learn).weight",
+    "split:2": r"feed_forward.up.weight",
+}
+
+
+@pytest.mark.parametrize("feed_forward", ["cms", "swiglu"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_matrix_rule_sees_every_map_alone_and_no_vectors(mixer: Any, feed_forward: Any) -> None:
+    model = LanguageModel(replace(TINY, mixer=mixer, feed_forward=feed_forward))
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [(names[id(p)], view) for view, ps in model.hidden_matrices().items() for p in ps]
+    # The gates of the baselines are a vector for each head, and those of Hope are a map.
+    vectors = {"blocks.0.mixer.gates.weight"}
+    expected = [
+        (name, view)
+        for view, pattern in VIEWS.items()
+        for name in names.values()
+        if re.search(rf"(^|\.)({pattern})$", name) and name not in vectors
+    ]
+    assert sorted(found) == sorted(expected) and len(found) > 3
+    groups = train.make_optimizer(model, "m3", 0.02).param_groups
+    stepped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(stepped) == sorted(names)
+    m3 = [(names[id(p)], g["seen_as"]) for g in groups if g["lr"] == 0.02 for p in g["params"]]
+    assert sorted(m3) == sorted(expected)
 
 
 @pytest.mark.parametrize(
@@ -556,6 +632,12 @@ def test_rotations_need_pairs_of_channels(name: str) -> None:
         ({"cms_width": -1}, "cms_width -1: "),
         ({"vocabulary": 0}, "vocabulary 0: "),
         ({"outputs": -1}, "outputs -1: "),
+        ({"chunk": 2.5}, "chunk=2.5: a whole number"),
+        ({"periods": (1.5, 2)}, "periods=1.5: a whole number"),
+        ({"periods": 2}, "periods=2: a list"),
+        ({"forget": "0.1"}, "forget='0.1': a number"),
+        ({"checkpoint": 1}, "checkpoint=1: true or false"),
+        ({"inner": {"delta": False}}, r"its settings have names such as inner\.structure"),
         ({"mixer": "lstm"}, "mixer 'lstm': choose one of"),
         ({"feed_forward": "mlp"}, "feed_forward 'mlp': choose one of"),
         ({"cms": "chain"}, "cms 'chain': choose one of"),
@@ -582,6 +664,7 @@ def test_bad_sizes_are_quoted(wrong: dict[str, Any], message: str) -> None:
     [
         ({"structure": "cnn"}, "structure 'cnn': choose one of"),
         ({"objective": "l1"}, "objective 'l1': choose one of"),
+        ({"delta": "False"}, "delta='False': true or false"),
     ],
 )
 def test_bad_inner_rules_are_quoted(wrong: dict[str, Any], message: str) -> None:

@@ -254,6 +254,29 @@ def test_a_finished_trial_is_not_repeated(tmp_path: Path) -> None:
         training.run(TRIAL, tmp_path, MAKERS)
 
 
+@pytest.mark.parametrize(
+    ("name", "torn", "message"),
+    [
+        ("result.json", b"{}", "is no result: it has no scores; delete it to repeat"),
+        ("result.json", b'{"scores": {"a', "is no result: .*; delete it to repeat"),
+        ("checkpoint.pt", None, "cannot be read as a checkpoint"),
+        ("checkpoint.pt", b"", "cannot be read as a checkpoint: "),
+    ],
+)
+def test_a_torn_file_is_quoted_and_kept(
+    name: str, torn: bytes | None, message: str, tmp_path: Path
+) -> None:
+    training.run(TRIAL, tmp_path, MAKERS)
+    path = tmp_path / name
+    torn = path.read_bytes()[:-100] if torn is None else torn
+    path.write_bytes(torn)
+    if name == "checkpoint.pt":
+        (tmp_path / "result.json").unlink()
+    with pytest.raises(ValueError, match=f"{name}' {message}"):
+        training.run(TRIAL, tmp_path, MAKERS)
+    assert path.read_bytes() == torn
+
+
 def test_a_trial_under_way_elsewhere_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / TRIAL.id()
     folder.mkdir()
@@ -413,6 +436,17 @@ def test_tuning_takes_the_best_rate_of_a_seed_that_is_not_reported(tmp_path: Pat
     lower = [{"label": "x", "lr": lr, "scores": {"loss": 1 / lr}} for lr in (0.1, 0.2, 0.3)]
     assert plan._best(lower, "loss", "lower")[0] == {"x": 0.3}
     assert plan._best(lower, "loss", "lower")[1]["learning rates tried, x"].endswith("at the edge")
+
+
+def test_results_of_several_versions_are_told(tmp_path: Path) -> None:
+    asked = make_plan(tmp_path, "toy")
+    plan.conduct(asked, MAKERS)
+    assert "versions" not in (tmp_path / "summary.md").read_text()
+    for path in tmp_path.glob("*/result.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "code": "of another day"}))
+        break
+    plan.conduct(asked, MAKERS)
+    assert "- code: 2 versions of it made these rows" in (tmp_path / "summary.md").read_text()
 
 
 def test_what_fails_overwrites_nothing(tmp_path: Path) -> None:
@@ -601,6 +635,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "| toy:width=9 | 2 |" in shown and "hardly trained" in shown
     for name in ("results.jsonl", "summary.md", "summary.csv", "plot.png"):
         assert (out / name).stat().st_size > 0
+
+
+def test_ctrl_c_before_the_first_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(name: str, options: Mapping[str, Any]) -> Task:
+        raise KeyboardInterrupt
+
+    command = ["mqar", "--size", "quick", "--restart", "--out", str(tmp_path / "out")]
+    assert run.main(command, replace(MAKERS, task=interrupted)) == 130
+    assert "stopped; to go on: " in (shown := capsys.readouterr().err)
+    assert "examples.hope.run mqar --size quick --out" in shown
 
 
 class Tokens(nn.Module):

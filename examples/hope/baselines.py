@@ -200,8 +200,8 @@ class Segments(nn.Module):
         )
         flat = y.transpose(1, 2).flatten(2)
         query, key, value = self.split(self.learn(flat))
-        # In float32 under autocast, where a retention would be rounded to 1.
-        gates = self.gates(flat).to(torch.promote_types(x.dtype, torch.float32))
+        # In the precision of the rows: autocast would round a retention to 1.
+        gates = self.gates(flat).to(x.dtype)
         gates = gates.view(batch, new, 3, self.heads, 1).permute(2, 0, 3, 1, 4)
         rate, forget, momentum = torch.sigmoid(gates)
         # All gradients of a segment are taken at its start: their sum must not overshoot.
