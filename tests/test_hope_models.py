@@ -1,5 +1,6 @@
 """The models of the Hope example: against the text of them in `papers`, and what they promise."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -270,6 +271,18 @@ def test_retentions_of_a_long_chunk_keep_their_digits_under_autocast() -> None:
         found, answers = rule.write(rule.begin(start), key, value, gates, key)
     torch.testing.assert_close(found.now[0].float(), expected.now[0], rtol=0, atol=0.02)
     torch.testing.assert_close(answers.float(), told, rtol=0, atol=0.03)
+
+
+def test_a_memory_forgets_little_by_little_under_autocast() -> None:
+    """1 - 0.1 sigmoid(-5) is one in bfloat16, and 0.96 after 64 tokens."""
+    layer = Segments(replace(TINY, chunk=64, slow_chunk=64))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer.gates.weight.zero_()
+        layer.gates.bias.copy_(torch.tensor([-30.0, -5.0, 0.0]).repeat_interleave(2))
+        _, state = layer(torch.randn(1, 64, 8), keep=True)
+    kept = (1 - 0.1 / (1 + math.exp(5))) ** 64
+    for now, start in zip(state.memory.now, layer.initial, strict=True):
+        torch.testing.assert_close(now[0].float(), start * kept, rtol=0.01, atol=1e-4)
 
 
 def test_nothing_to_read_is_refused() -> None:
