@@ -22,17 +22,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from examples.hope.config import Config
-from examples.hope.memories import Learning
+from examples.hope.memories import RESIDUAL, Learning
 from examples.hope.model import LanguageModel
 from examples.hope.models import build
 
 Record = dict[str, Any]
-SMALL = Config(width=32, layers=1, heads=2, memory_width=8, cms_width=32, chunk=8, slow_chunk=16)
+WHOLE = Config(inner=RESIDUAL)
+SMALL = replace(
+    WHOLE, width=32, layers=1, heads=2, memory_width=8, cms_width=32, chunk=8, slow_chunk=16
+)
 
 
 def size(cell: Record) -> Config:
     """The sizes of the example, or very small ones; a cell may name other fields."""
-    return replace(SMALL if cell["quick"] else Config(), **cell.get("config", {}))
+    return replace(SMALL if cell["quick"] else WHOLE, **cell.get("config", {}))
 
 
 def medians(repeats: int, **works: Callable[[], object]) -> dict[str, float]:
@@ -98,7 +101,7 @@ def training(cell: Record) -> list[Record]:
 def forms(cell: Record) -> list[Record]:
     """Forward and backward by chunks, and of the same mathematics token by token."""
     records = []
-    for rule in (Learning(), Learning(structure="linear", objective="dot")):
+    for rule in (RESIDUAL, Learning(), Learning(structure="linear", objective="dot")):
         model = LanguageModel(replace(size(cell), inner=rule))
         tokens = torch.randint(256, (cell["batch"], cell["length"]))
 
@@ -177,7 +180,9 @@ def peers(cell: Record) -> list[Record]:
     tokens = torch.randint(256, (cell["batch"], cell["length"] + 1))
     config = size(cell)
     models: dict[str, tuple[nn.Module, Way | None]] = {
-        name: (build(name, config), None) for name in ("hope", "transformer")
+        "hope": (build("hope", config), None),
+        "hope mlp": (build("hope", replace(config, inner=Learning())), None),
+        "transformer": (build("transformer", config), None),
     }
     for name, make in PEERS.items():
         if find_spec(name) is not None and not cell["quick"]:

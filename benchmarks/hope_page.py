@@ -9,7 +9,11 @@ import matplotlib.pyplot as plt
 from benchmarks.figures import STYLE, between, save
 from benchmarks.hope_cells import Record
 
-NAMES = {"hope": "Hope", "transformer": "Transformer++"}
+NAMES = {
+    "hope": "Hope",
+    "hope mlp": "Hope, MLP memories under l2",
+    "transformer": "Transformer++",
+}
 
 
 def write_page(page: Path, records: Sequence[Record]) -> None:
