@@ -373,6 +373,22 @@ def test_a_stream_is_learnt_part_by_part(tmp_path: Path) -> None:
     assert rates[:20] == rates[20:40] == rates[40:] and max(rates) == 0.05
 
 
+@dataclass(frozen=True)
+class Broken(Rounds):
+    """A stream whose second part has a score that is no number."""
+
+    def score(self, part: int, answer: Any) -> float:
+        return math.nan if part == 1 else super().score(part, answer)
+
+
+def test_a_score_that_is_no_number_ends_a_stream(tmp_path: Path) -> None:
+    trial = replace(TRIAL, task="rounds", record=Rounds().record(), steps=3, parts=2)
+    makers = replace(MAKERS, task=lambda name, options: Broken())
+    result = training.run(trial, tmp_path, makers)
+    assert result is not None and result["status"] == "diverged"
+    assert (result["diverged_at"], result["matrix"], result["scores"]) == (3, [], {})
+
+
 # Studies
 
 
