@@ -88,9 +88,11 @@ def _mad(about: str, make: Callable[..., Task], **quick: Any) -> Preset:
 def _needle(kind: str, about: str) -> Preset:
     sizes: dict[Size, Scale] = {
         "quick": Scale(TINY, 10, 4, {"length": 112, "tests": 2, "kind": kind}),
-        # Only what is asked has a loss: a small model has no time to learn all text.
+        # Only what is asked has a loss: a small model has no time to learn all text. The memories
+        # that generate are written several times within a row, as they will be in longer ones.
         "cpu": Scale(
-            *(_model(64, 2, 4, 32), 1200, 16), {"length": 128, "asked_only": True, "kind": kind}
+            *(_model(64, 2, 4, 32, slow_chunk=32), 1200, 16),
+            {"length": 128, "asked_only": True, "kind": kind},
         ),
         "gpu": Scale(_model(256, 4, 4, 64), 3000, 32, {"length": 512, "tests": 100, "kind": kind}),
     }
