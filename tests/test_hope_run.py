@@ -29,6 +29,7 @@ from examples.hope import (
 from examples.hope.plan import Contender, Plan
 from examples.hope.study import Makers, Trial
 from examples.hope.tasks import Batch, Batches, Stream, Task
+from examples.settings import row
 
 # A toy task, the next of five tokens that go round, and a toy model for it.
 
@@ -634,10 +635,10 @@ def test_a_baseline_is_what_its_own_settings_make_it() -> None:
 
 
 def test_rows_of_an_ablation() -> None:
-    assert presets.row("hope") == ("hope", {})
+    assert row("hope") == ("hope", {})
     settings = {"periods": [1, 2], "chunk": 8, "inner.objective": "dot", "own_values": False}
     text = "hope:periods=[1,2],chunk=8,inner.objective=dot,own_values=false"
-    assert presets.row(text) == ("hope", settings)
+    assert row(text) == ("hope", settings)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
 
-from examples.hope.kinds import check_fields
 from examples.hope.memories import Learning
+from examples.settings import check_fields
 
 EPSILON = 1e-6  # beside mean squares; torch's own default differs between precisions
 GENERATED = ("query", "key", "value", "rate", "retention")

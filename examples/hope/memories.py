@@ -13,7 +13,7 @@ from typing import Any, Literal
 from deepopt.expr import Expr, matmul
 from deepopt.grad import grad
 from deepopt.memory import MLP, Layer, Linear, Memory, Objective, Product, dot, l2, walk
-from examples.hope.kinds import check_fields
+from examples.settings import check_fields
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,16 @@
 """What each task is run with: its data, the sizes of the models, steps and learning rates."""
 
-import difflib
 import inspect
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
-from examples.hope import data, kinds, tasks
+from examples.hope import data, tasks
 from examples.hope.memories import RESIDUAL
 from examples.hope.tasks import Stream, Task
+from examples.settings import check, nearest
 
 Size = Literal["quick", "cpu", "gpu"]
 
@@ -190,7 +188,7 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task | Stream:
             raise ValueError(f"task {name} has no option {key!r}: {nearest(key, known)}")
         default = parameters[key].default if key in parameters else ""
         if default is not inspect.Parameter.empty:
-            kinds.check(key, value, default)
+            check(key, value, default)
     if chosen.text:
         path = options.pop("data", None)
         return chosen.make(data.load(path, options["length"]), **options)
@@ -230,36 +228,6 @@ def model_names() -> list[str]:
     from examples.hope.models import MODELS
 
     return list(MODELS)
-
-
-def row(text: str) -> tuple[str, dict[str, Any]]:
-    """A row of a study, `MODEL` or `MODEL:SETTING=VALUE,…`, as model and settings."""
-    name, _, rest = text.partition(":")
-    parts = re.split(r",(?![^\[]*\])", rest) if rest else []
-    return name.strip(), assignments(parts)
-
-
-def assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """Settings of the form NAME=VALUE; a value is JSON, or else text."""
-    settings: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r}: NAME=VALUE is asked for, such as chunk=16")
-        try:
-            settings[key.strip()] = json.loads(value)
-        except ValueError:
-            settings[key.strip()] = value.strip()
-    return settings
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at what `name` may have meant."""
-    names = list(names)
-    near = difflib.get_close_matches(name, names, 3)
-    if near:
-        return "did you mean " + " or ".join(map(repr, near)) + "?"
-    return "there are " + ", ".join(names)
 
 
 def _rebuilt(default: Any, given: Mapping[str, Any], owner: str) -> Any:

@@ -17,6 +17,7 @@ import torch
 from examples.hope import models, plan, presets, train
 from examples.hope.plan import Contender, Plan
 from examples.hope.study import Makers
+from examples.settings import assignments, nearest, row
 
 MAKERS = Makers(presets.make_task, presets.make_model, presets.configuration)
 
@@ -111,13 +112,13 @@ def plan_of(args: argparse.Namespace, command: str) -> Plan:
     out = args.out or Path("runs/hope") / name
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {str(out)!r} is a file: give a folder")
-    options = {**scale.options, **presets.assignments(args.options)}
+    options = {**scale.options, **assignments(args.options)}
     if args.data is not None:
         if not preset.text:
             raise ValueError(f"--data {str(args.data)!r}: task {args.task} reads no text")
         options["data"] = str(args.data)
     default = "float32" if args.device == "cpu" else "bfloat16"
-    common = {**scale.model, **presets.assignments(args.config)}
+    common = {**scale.model, **assignments(args.config)}
     return Plan(
         **{"task": args.task, "options": options, "out": out, "command": command},
         contenders=contenders(args, common, scale.rates),
@@ -146,7 +147,7 @@ def contenders(
     unused = {name for name in given if name is not None}
     found = []
     for label in args.models:
-        model, settings = presets.row(label)
+        model, settings = row(label)
         models.check_read(model, settings)
         fallback = given.get(None, own.get(model, train.LEARNING_RATES[args.optimizer]))
         lr = given.get(label, given.get(model, fallback))
@@ -154,7 +155,7 @@ def contenders(
         found.append(Contender(label, model, {**common, **settings}, lr))
     if unused:
         name = sorted(unused)[0]
-        raise ValueError(f"--lr {name}=…: {presets.nearest(name, args.models)}")
+        raise ValueError(f"--lr {name}=…: {nearest(name, args.models)}")
     return found
 
 

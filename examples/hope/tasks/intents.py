@@ -94,6 +94,11 @@ class Intents(Stream):
         """Names of the intents, in the order of their outputs."""
         return tuple(self._sentences)
 
+    def labelled(self, part: int) -> list[tuple[str, int]]:
+        """All sentences of one part, with the output that each belongs to."""
+        names = part_of(self.parts, part).split(", ")
+        return [(s, self.classes.index(name)) for name in names for s in self._sentences[name]]
+
     @cached_property
     def _sentences(self) -> dict[str, list[str]]:
         drawn = _draw(self.language, self.length, self.sentences)

@@ -1,5 +1,9 @@
-"""Whether what a user gives is of the kind that is asked for."""
+"""Settings that users write: their text, and whether they are of the kind that is asked for."""
 
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, cast
 
@@ -36,3 +40,33 @@ def check_fields(thing: Any) -> None:
         made = field.default_factory
         default = field.default if made is MISSING else made()
         check(field.name, getattr(thing, field.name), default)
+
+
+def row(text: str) -> tuple[str, dict[str, Any]]:
+    """A row of a study, `NAME` or `NAME:SETTING=VALUE,…`, as name and settings."""
+    name, _, rest = text.partition(":")
+    parts = re.split(r",(?![^\[]*\])", rest) if rest else []
+    return name.strip(), assignments(parts)
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """Settings of the form NAME=VALUE; a value is JSON, or else text."""
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r}: NAME=VALUE is asked for, such as chunk=16")
+        try:
+            settings[key.strip()] = json.loads(value)
+        except ValueError:
+            settings[key.strip()] = value.strip()
+    return settings
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A hint at what `name` may have meant."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, 3)
+    if near:
+        return "did you mean " + " or ".join(map(repr, near)) + "?"
+    return "there are " + ", ".join(names)
