@@ -1,7 +1,5 @@
 """Every rule and every switch, as the fixtures of the battery, and the one table of tolerances."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -33,6 +31,8 @@ from papers import (
 )
 
 from deepopt import Rule, rules
+from deepopt.testing import difference as difference
+from jax_backend.testing import double_precision as double_precision
 
 PAPER = {
     rules.SGD: sgd.sgd,
@@ -254,17 +254,6 @@ def stream(shape: tuple[int, ...], steps: int, seed: int = 0) -> tuple[np.ndarra
     return w, g
 
 
-@contextmanager
-def double_precision(enabled: bool = True) -> Iterator[None]:
-    """jax in 64 bits inside the block; jax older than 0.8 has no context manager for it."""
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", enabled)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", before)
-
-
 def scanned(
     tx: optax.GradientTransformationExtraArgs, w: Any, gradients: Any, context: Any = None
 ) -> Any:
@@ -283,9 +272,3 @@ def scanned(
         return jax.lax.scan(one, (w, tx.init(w)), (gradients, context))[1]
 
     return run(w, gradients, context or {})
-
-
-def difference(a: Any, b: Any) -> float:
-    """Largest difference relative to the largest entry of b."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return float(np.max(np.abs(a - b), initial=0.0) / max(np.max(np.abs(b), initial=0.0), 1e-30))

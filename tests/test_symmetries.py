@@ -3,16 +3,17 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import get_args
 
 import numpy as np
 import pytest
-from cases import CASES, DEFAULTS, Case, difference, stream
+from cases import CASES, DEFAULTS, Case, stream
 
-from deepopt import Oracle, Rule, around, rules
+from deepopt import Rule, around, rules
 from deepopt.readout import DEGREES, Output, Scale
 from deepopt.rule import Symmetry
+from deepopt.testing import violation, whole
 
 STEPS = 12
 # Long enough for the slow levels of a rule at its defaults to be read.
@@ -25,64 +26,9 @@ Map = Callable[[np.ndarray], np.ndarray]
 ALL: tuple[Symmetry, ...] = get_args(Symmetry)
 
 
-@cache
-def turn(n: int) -> np.ndarray:
-    return np.linalg.qr(np.random.default_rng(n).standard_normal((n, n)))[0]
-
-
-def permuted(x: np.ndarray) -> np.ndarray:
-    order = np.random.default_rng(5).permutation(x.size)
-    return x.ravel()[order].reshape(x.shape)
-
-
-def maps(symmetry: Symmetry, shape: tuple[int, ...]) -> list[tuple[Map, Map]]:
-    """What is done to the gradients, and what that should do to the path from zero."""
-    matrix = len(shape) > 1
-    if symmetry == "odd":
-        return [(np.negative, np.negative)]
-    if symmetry == "permutation":
-        return [(permuted, permuted)]
-    if symmetry == "transposition":
-        turned = partial(np.swapaxes, axis1=-1, axis2=-2)
-        return [(turned, turned)] if matrix else []
-    if symmetry == "left rotation":
-        q = turn(shape[-2]) if matrix else None
-        return [(lambda g: q @ g, lambda g: q @ g)] if matrix else []
-    if symmetry == "right rotation":
-        p = turn(shape[-1])
-        return [(lambda g: g @ p, lambda g: g @ p)] if matrix else []
-    degree = int(symmetry.removeprefix("degree "))
-    return [(lambda g, c=c: c * g, lambda d, c=c: float(c) ** degree * d) for c in (1e-3, 7.0)]
-
-
 def bare(rule: Rule) -> Rule:
     """Without what the symmetries of a direction leave aside: weight decay and eps."""
     return rule.with_values({"weight_decay": 0.0, "eps": 0.0})
-
-
-def path(rule: Rule, gradients: np.ndarray) -> np.ndarray:
-    w = np.zeros(gradients.shape[1:])
-    oracle, found = Oracle(rule, [w]), []
-    for g in gradients:
-        (w,) = oracle.step([w], [g])
-        found.append(w)
-    return np.stack(found)
-
-
-def violation(rule: Rule, symmetry: Symmetry, gradients: np.ndarray) -> float:
-    """How far the rule is from a symmetry on a stream: zero for one that the shape has not."""
-    expected, worst = path(rule, gradients), 0.0
-    for before, after in maps(symmetry, gradients.shape[1:]):
-        found = path(rule, np.stack([before(g) for g in gradients]))
-        worst = max(worst, difference(found, np.stack([after(d) for d in expected])))
-    return worst
-
-
-def full(shape: tuple[int, ...], steps: int = LONG) -> np.ndarray:
-    """A stream of full rank, without zeros, of unlike sizes."""
-    rng = np.random.default_rng(0)
-    scale = np.exp(rng.standard_normal((steps, *[1] * len(shape))))
-    return rng.standard_normal((steps, *shape)) * scale
 
 
 def name(rule: Rule) -> str:
@@ -160,7 +106,7 @@ def test_what_is_declared_holds(case):
     # In the null space of a gradient an eigenvector is free and SOAP divides noise by noise; and
     # noise has a sign.
     noisy = getattr(case.rule, "refresh", "") == "eigh" or "sign" in str(case)
-    gradients = full(case.shape, STEPS) if noisy else stream(case.shape, STEPS)[1]
+    gradients = whole(case.shape, steps=STEPS) if noisy else stream(case.shape, STEPS)[1]
     rule = bare(case.rule)
     found = {s: violation(rule, s, gradients) for s in declared(case)}
     assert {s: x for s, x in found.items() if not x <= TOLERANCE} == {}
@@ -168,7 +114,7 @@ def test_what_is_declared_holds(case):
 
 @pytest.mark.parametrize("rule", DEFAULTS, ids=name)
 def test_what_is_not_declared_does_not_hold(rule):
-    gradients = full((4, 6))
+    gradients = whole((4, 6), steps=LONG)
     rule = bare(rule)
     found = {s: violation(rule, s, gradients) for s in ALL if s not in rule.symmetries()}
     assert {s: x for s, x in found.items() if not x >= BROKEN} == {}
@@ -224,7 +170,7 @@ def test_what_a_function_takes_away_is_gone(wrapper):
     # Momentum, as the directions of SGD never disagree with its gradients.
     rule = AROUND[wrapper](rules.HeavyBall())
     assert rule.symmetries() == LEFT[wrapper]
-    gradients = full((4, 6))
+    gradients = whole((4, 6), steps=LONG)
     found = {s: violation(rule, s, gradients) for s in ALL if s not in LEFT[wrapper]}
     assert {s: x for s, x in found.items() if not x >= BROKEN} == {}
 
