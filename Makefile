@@ -2,6 +2,7 @@ PYTHON ?= python3
 JOBS ?= 2
 TEST_ARGS ?=
 HOPE_ARGS ?=
+STUDY_ARGS ?= digits factorisation permuted-digits --optimizers adamw torch.adamw muon m3 --trials 5
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,11 +10,11 @@ STAMP := $(VENV)/stamp
 CODE := $(wildcard deepopt torch_backend jax_backend examples tests benchmarks docs .ci)
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv hope test contract integrations lint format docs mutants bench wheel-test clean
+.PHONY: help .venv hope study test contract integrations lint format docs mutants bench wheel-test clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
-	@echo "variables: PYTHON=$(PYTHON)  JOBS=$(JOBS) (test processes, 0 for none)  TEST_ARGS  HOPE_ARGS"
+	@echo "variables: PYTHON=$(PYTHON)  JOBS=$(JOBS) (test processes, 0 for none)  TEST_ARGS  HOPE_ARGS  STUDY_ARGS"
 
 .venv: $(STAMP) ## create the virtual environment at the versions of constraints.txt
 
@@ -28,6 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 hope: $(STAMP) ## train the Hope example (HOPE_ARGS="--help")
 	$(BIN)/python -m examples.hope.train $(HOPE_ARGS)
+
+study: $(STAMP) ## compare optimizers (STUDY_ARGS="bytes --optimizers adamw m3", docs/compare.md)
+	$(BIN)/python -m examples.compare run $(STUDY_ARGS) --jobs $(JOBS)
 
 test: $(STAMP) ## run the tests (TEST_ARGS="-k m3", JOBS=0, HYPOTHESIS_PROFILE=thorough)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TEST_ARGS)

@@ -1,0 +1,1 @@
+"""Comparison studies: which optimizer, on what, and how sure are we."""

@@ -1,0 +1,157 @@
+"""Who takes part: rules of deepopt, optimizers of torch and optax, and any other by import path."""
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from typing import Any, Literal, cast
+
+import torch
+
+from deepopt import rules
+from deepopt.rule import Rule
+from examples.compare.problem import Backend
+from examples.settings import check, nearest, row
+
+RULES: dict[str, type[Rule]] = {
+    name.lower(): value
+    for name, value in vars(rules).items()
+    if isinstance(value, type) and issubclass(value, Rule) and value is not Rule
+}
+# Short names of the originals.
+ORIGINALS = {
+    "torch.adamw": "torch.optim.AdamW",
+    "torch.sgd": "torch.optim.SGD",
+    "torch.muon": "torch.optim.Muon",
+    "torch.adafactor": "torch.optim.Adafactor",
+    "optax.muon": "optax.contrib.muon",
+}
+RATES = ("lr", "learning_rate")
+USUAL = 1e-3  # where a signature has no learning rate of its own
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One optimizer of a study.
+
+    label: as it was asked for; the row of the tables.
+    name: of a rule (lower case), or an import path.
+    settings: what is fixed. choices: settings with several values, `weight=0|0.1`, to be tuned.
+    lr: where tuning begins, the default of the rule or of the signature.
+    """
+
+    label: str
+    name: str
+    kind: Literal["rule", "torch", "optax"]
+    lr: float
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    choices: Mapping[str, tuple[Any, ...]] = field(default_factory=dict[str, tuple[Any, ...]])
+
+    def variants(self) -> list[dict[str, Any]]:
+        """The settings with one value for each choice; the first values come first."""
+        found = itertools.product(*self.choices.values())
+        return [{**self.settings, **dict(zip(self.choices, x, strict=True))} for x in found]
+
+    def make(self, lr: Any, settings: Mapping[str, Any]) -> Callable[..., Any]:
+        """What makes the optimizer: of parameters in torch, of nothing in optax; or the rule."""
+        if self.kind == "rule":
+            rule = RULES[self.name](**{**settings, "lr": lr})
+            return lambda: rule
+        target, name = imported(self.name), rate_name(imported(self.name))
+        if self.kind == "optax":
+            return lambda: target(**{name: lr}, **settings)
+        return lambda parameters: target(parameters, **{name: lr}, **settings)
+
+
+def contender(text: str, backend: Backend) -> Contender:
+    """The contender that a user names, `m3`, `m3:momentum=0.95`, `m3:weight=0|0.1`, `optax.lion`.
+
+    Raises ValueError on an unknown name or setting, with the nearest ones, ImportError where a
+    package is missing.
+    """
+    name, given = row(text)
+    settings, choices = {}, {}
+    for key, value in given.items():
+        if isinstance(value, str) and "|" in value:
+            options = row("x:" + ",".join(f"{key}{i}={v}" for i, v in enumerate(value.split("|"))))
+            choices[key] = tuple(map(_tuple, options[1].values()))
+        else:
+            settings[key] = _tuple(value)
+    key = name.replace("_", "").lower()
+    if "." not in name:
+        if key not in RULES:
+            raise ValueError(f"no rule is called {name!r}: {nearest(key, [*RULES, *ORIGINALS])}")
+        kind = RULES[key]
+        known = {f.name: f.default for f in fields(kind)}
+        found = Contender(text, key, "rule", float(cast(Any, known["lr"])), settings, choices)
+        for setting in (*settings, *choices):
+            if setting not in known or setting == "lr":
+                raise ValueError(_unknown(kind.__name__, setting, [*known]))
+        for variant in found.variants():
+            found.make(found.lr, variant)  # the rule checks its own values
+        return found
+    path = ORIGINALS.get(name.lower(), name)
+    target = imported(path)
+    of_torch = isinstance(target, type) and issubclass(target, torch.optim.Optimizer)
+    if of_torch != (backend == "torch"):
+        need = "a torch.optim.Optimizer" if backend == "torch" else "a function of optax's kind"
+        raise ValueError(f"{text!r}: the task is one of {backend}, which needs {need}")
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    rate = rate_name(target)
+    for setting, values in (*((k, (v,)) for k, v in settings.items()), *choices.items()):
+        if setting in RATES or (setting not in parameters and not open_ended):
+            raise ValueError(_unknown(path, setting, [*parameters]))
+        if setting in parameters:
+            for value in values:
+                _check(setting, value, parameters[setting].default)
+    start = parameters[rate].default if rate in parameters else USUAL
+    lr = float(start) if isinstance(start, int | float) and 0 < start < math.inf else USUAL
+    return Contender(text, path, "torch" if of_torch else "optax", lr, settings, choices)
+
+
+def imported(path: str) -> Any:
+    """The object at an import path; ImportError says what was missing."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        top = module.partition(".")[0]
+        hint = f"pip install {top}" if error.name == top else f"{error}"
+        raise ImportError(f"{path!r} cannot be imported: {hint}") from error
+    if not callable(getattr(found, name, None)):
+        near = [x for x in vars(found) if not x.startswith("_")]
+        raise ValueError(f"{module!r} has no optimizer {name!r}: {nearest(name, near)}")
+    return getattr(found, name)
+
+
+def rate_name(target: Any) -> str:
+    """The name of the learning rate in a signature."""
+    parameters = inspect.signature(target).parameters
+    return next((name for name in RATES if name in parameters), "lr")
+
+
+def listing() -> Iterator[str]:
+    """Names of the rules, and of the originals, as a user may write them."""
+    yield from (kind.__name__ for kind in RULES.values())
+    yield from ORIGINALS
+
+
+def _unknown(owner: str, setting: str, known: list[str]) -> str:
+    if setting in RATES:
+        return f"{owner}: {setting} is what the study tunes; give --lr to fix it"
+    others = [name for name in known if name not in (*RATES, "params", "self")]
+    return f"{owner} has no setting {setting!r}: {nearest(setting, others)}"
+
+
+def _check(name: str, value: Any, default: Any) -> None:
+    if default is inspect.Parameter.empty or default is None or callable(default):
+        return
+    # Whole numbers stand for what may be any number: optax has momentum=0 and torch eps=0.
+    check(name, value, float(default) if type(default) is int else default)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value

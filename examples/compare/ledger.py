@@ -1,0 +1,90 @@
+"""What a study has done so far: an SQLite file that survives whatever happens to the process."""
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+VERSION = 1
+
+
+class Ledger:
+    """Results by the id of their trial; each is written once, as a whole.
+
+    One process at a time may write: the others get an OSError at once. A process that is killed
+    leaves every row that it had written, and no lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._check()
+        # Without transactions of its own making; the lock is that of a second, empty database, so
+        # that a report may read while a study runs.
+        self._lock = sqlite3.connect(path.with_suffix(".lock"), timeout=0, isolation_level=None)
+        try:
+            self._lock.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            self._lock.close()
+            raise OSError(
+                f"{str(path)!r} belongs to another study that is running: wait for it, or give "
+                "another --out"
+            ) from error
+        self._base = sqlite3.connect(path, isolation_level=None)
+        self._base.executescript(
+            "CREATE TABLE IF NOT EXISTS trials (id TEXT PRIMARY KEY, asked TEXT, result TEXT);"
+            f"PRAGMA user_version = {VERSION}"
+        )
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._base.close()
+        self._lock.close()
+
+    def write(self, name: str, asked: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Add a result; one that is there already stays."""
+        row = name, json.dumps(asked), json.dumps(result)
+        self._base.execute("INSERT OR IGNORE INTO trials VALUES (?, ?, ?)", row)
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """All results by id."""
+        return _rows(self._base)
+
+    def _check(self) -> None:
+        if self.path.exists():
+            read(self.path)
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The results of a ledger; ValueError where it is none, or one of another version."""
+    if not path.exists():
+        raise FileNotFoundError(f"no study has been run in {str(path.parent)!r}")
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as base:
+            (version,) = base.execute("PRAGMA user_version").fetchone()
+            if version not in (0, VERSION):
+                raise ValueError(
+                    f"{str(path)!r} is a ledger of version {version}, and this is version "
+                    f"{VERSION}: give another --out, or the code that wrote it"
+                )
+            tables = base.execute("SELECT name FROM sqlite_master WHERE name = 'trials'").fetchall()
+            return _rows(base) if tables else {}
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{str(path)!r} is no ledger: {error}") from error
+
+
+def _rows(base: sqlite3.Connection) -> dict[str, dict[str, Any]]:
+    found = base.execute("SELECT id, asked, result FROM trials ORDER BY rowid")
+    return {
+        name: {**json.loads(result), "asked": json.loads(asked)} for name, asked, result in found
+    }

@@ -1,0 +1,78 @@
+"""What a task hands to a study: weights, data, a loss and scores."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+Better = Literal["lower", "higher"]
+Schedule = Literal["cosine", "linear", "constant"]
+Backend = Literal["torch", "jax"]
+
+
+@dataclass
+class Part:
+    """Data to learn from, and how well it is learnt.
+
+    batches: endless; each is what the loss takes.
+    validate: the score of a model that learning rates are tuned on and curves show.
+    test: the score that is reported; without one it is that of `validate`, and the report says so.
+    """
+
+    batches: Iterator[Any]
+    validate: Callable[[Any], float]
+    test: Callable[[Any], float] | None = None
+    name: str = ""
+
+
+@dataclass
+class Problem:
+    """One training, made anew for every trial.
+
+    model: an `nn.Module`, or a tree of arrays for JAX. It must depend on the seed alone: all
+        optimizers start from the same weights and see the same batches, so that they differ in
+        pairs.
+    loss: (model, batch) to a scalar; a pure function of the tree in JAX.
+    parts: one, or several that are learnt one after another (a stream).
+    steps: of the optimizer, on each part.
+    schedule: of the learning rate over all parts: a `warmup` share of linear rise, then down to a
+        tenth as a cosine, down to zero as a line, or "constant".
+    clip: the largest norm of all gradients together; None for no clipping.
+    rest: learning rate of the AdamW that steps all but hidden matrices, whatever is compared. None
+        where the optimizer steps everything.
+    record: what identifies the data: figures are compared only where the records agree.
+    """
+
+    model: Any
+    loss: Callable[[Any, Any], Any]
+    parts: Sequence[Part]
+    steps: int
+    metric: str = "loss"
+    better: Better = "lower"
+    schedule: Schedule = "cosine"
+    warmup: float = 0.1
+    clip: float | None = None
+    rest: float | None = None
+    record: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("parts []: at least one part to learn")
+        if self.steps < 1:
+            raise ValueError(f"steps {self.steps}: at least 1")
+        if self.better not in ("lower", "higher"):
+            raise ValueError(f"better {self.better!r}: 'lower' or 'higher'")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"schedule {self.schedule!r}: 'cosine', 'linear' or 'constant'")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup {self.warmup}: a share of the steps, from 0 to below 1")
+
+    @property
+    def backend(self) -> Backend:
+        return "torch" if isinstance(self.model, nn.Module) else "jax"
+
+    @property
+    def total(self) -> int:
+        """Steps on all parts."""
+        return self.steps * len(self.parts)

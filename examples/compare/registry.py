@@ -1,0 +1,64 @@
+"""Tasks by name, with the options that they take, or a user's own by `module:function`."""
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, cast
+
+from examples.compare.problem import Problem
+from examples.settings import check, nearest
+
+Maker = Callable[..., Problem]
+
+
+def tasks() -> dict[str, Maker]:
+    """The tasks that come with this package; the first line of each docstring says what it is."""
+    from examples.compare.tasks import TASKS
+
+    return TASKS
+
+
+def maker(name: str) -> Maker:
+    """The function of that name; ValueError with the nearest names, ImportError if its module is
+    missing."""
+    if ":" not in name and "." not in name:
+        known = tasks()
+        if name not in known:
+            raise ValueError(
+                f"no task is called {name!r}: {nearest(name, known)}; yours is module:function"
+            )
+        return known[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"task {name!r}: module:function is asked for, such as my_task:make_task")
+    if os.getcwd() not in sys.path:  # a user's file lies where the command is given
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = import_module(module)
+    except ImportError as error:
+        raise ImportError(f"task {name!r}: {error}") from error
+    made: Any = getattr(found, function, None)
+    if not callable(made):
+        own = [k for k, v in vars(found).items() if inspect.isfunction(v)]
+        raise ValueError(f"{module!r} has no function {function!r}: {nearest(function, own)}")
+    return cast(Maker, made)
+
+
+def make_problem(name: str, options: Mapping[str, Any], seed: int) -> Problem:
+    """The problem of a task; ValueError where an option is unknown or of the wrong kind."""
+    made = maker(name)
+    parameters = inspect.signature(made).parameters
+    known = [key for key in parameters if key != "seed"]
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"task {name} has no option {key!r}: {nearest(key, known)}")
+        default = parameters[key].default
+        if default is not inspect.Parameter.empty and default is not None:
+            check(key, value, default)
+    found = made(seed=seed, **given)
+    if not isinstance(found, Problem):
+        raise ValueError(f"task {name!r} gave {type(found).__name__}: a Problem is asked for")
+    return found

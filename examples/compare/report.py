@@ -1,0 +1,265 @@
+"""The report of a study: one HTML page that needs nothing else, Markdown, CSV and pictures."""
+
+import csv
+import io
+import math
+import platform
+import zlib
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from deepopt import replacing
+from examples.compare import figures
+from examples.compare.stats import Interval, figure
+from examples.compare.study import Plan
+from examples.compare.summary import Line, Table, overall
+
+COLUMNS = (
+    ("optimizer", "as it was asked for"),
+    ("lr", "learning rate, and choices, found by tuning; * at the edge of what was tried"),
+    ("score", "mean over seeds on test data, 95 % interval"),
+    ("difference", "to the first row, in pairs of seeds; bold where its interval leaves out 0"),
+    ("rank", "by mean score"),
+    ("steps to target", "of the first row's steps to its own final validation score"),
+    ("time to target", "the same in seconds of training"),
+    ("sensitivity", "mean loss over the rates tried, to the best of them"),
+    ("ms/step", "all of a step, and the optimizer's part"),
+    ("state", "bytes that the optimizer keeps per byte of parameters"),
+    ("diverged", "of the seeds"),
+    ("trials", "tuning and report"),
+)
+
+
+def write(plan: Plan, found: Sequence[Table], folder: Path) -> None:
+    """report.html, report.md, summary.csv, and pictures/ as PNG and SVG."""
+    drawn = figures.pictures(found)
+    try:
+        figures.save(drawn, folder / "pictures")
+        texts = {
+            "report.html": page(plan, found, {k: figures.svg(v) for k, v in drawn.items()}),
+            "report.md": markdown(plan, found),
+            "summary.csv": table_csv(found),
+        }
+    finally:
+        figures.close(drawn)
+    for name, text in texts.items():
+        with replacing(folder / name) as file:
+            file.write(text.encode())
+
+
+def cells(table: Table, line: Line) -> list[str]:
+    """A row as text, in the order of `COLUMNS`."""
+    choices = "".join(f", {k}={v}" for k, v in line.settings.items())
+    lr = "–" if line.lr is None else f"{line.lr:g}{'*' if line.edge else ''}{choices}"
+    d = line.difference
+    return [
+        *(line.label, lr, _words(line.mean)),
+        "–" if d is None else f"**{_words(d)}**" if d.apart else _words(d),
+        f"{line.rank:g}",
+        _share(line.steps, line),
+        _share(line.seconds, line),
+        "–" if math.isnan(line.sensitivity) else figure(line.sensitivity),
+        f"{line.step_ms:.1f} / {line.optimizer_ms:.1f}",
+        f"{line.state:.2f}",
+        f"{line.diverged}",
+        f"{line.trials}",
+    ]
+
+
+def markdown(plan: Plan, found: Sequence[Table]) -> str:
+    """The whole report without its pictures."""
+    text = ["# " + title(found), ""]
+    if len(found) > 1:
+        text += ["## All tasks", "", *_pipes(OVERALL, _overall(found)), ""]
+    for table in found:
+        text += [f"## {table.task}", "", caption(table), ""]
+        heads = [name for name, _ in COLUMNS]
+        text += [*_pipes(heads, [cells(table, line) for line in table.lines]), ""]
+        streams = [line for line in table.lines if line.stream]
+        if streams:
+            names = [*streams[0].stream]
+            rows = [[line.label, *(_words(line.stream[n]) for n in names)] for line in streams]
+            text += [*_pipes(["stream", *names], rows), ""]
+    text += ["## Conditions", "", *(f"- {line}" for line in conditions(plan, found)), ""]
+    text += [*(f"- {name}: {about}." for name, about in COLUMNS), ""]
+    return "\n".join(text)
+
+
+def table_csv(found: Sequence[Table]) -> str:
+    """A line for each contender on each task, figures as they are."""
+    out = io.StringIO()
+    names = ["task", "optimizer", "lr", "metric", "mean", "low", "high", "difference"]
+    names += ["difference low", "difference high", "rank", "steps to target", "seconds to target"]
+    names += ["missed", "sensitivity", "step ms", "optimizer ms", "state per parameter byte"]
+    names += ["diverged", "seeds", "trials"]
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    for table in found:
+        for x in table.lines:
+            d, s, t = x.difference, x.steps, x.seconds
+            row = [table.task, x.label, x.lr, table.metric, x.mean.mean, x.mean.low, x.mean.high]
+            row += [d.mean, d.low, d.high] if d else ["", "", ""]
+            row += [x.rank, s.mean if s else "", t.mean if t else "", x.missed, x.sensitivity]
+            row += [x.step_ms, x.optimizer_ms, x.state, x.diverged, len(x.test), x.trials]
+            writer.writerow(row)
+    return out.getvalue()
+
+
+OVERALL = ("optimizer", "mean rank", "better", "worse", "not told apart")
+
+
+def _overall(found: Sequence[Table]) -> list[list[str]]:
+    summary = overall(found)
+    first = next(iter(summary))
+    return [
+        [name, f"{rank:.2f}", *(("–",) * 3 if name == first else map(str, counts))]
+        for name, (rank, *counts) in summary.items()
+    ]
+
+
+def title(found: Sequence[Table]) -> str:
+    labels = dict.fromkeys(line.label for table in found for line in table.lines)
+    return f"{len(labels)} optimizers on {', '.join(table.task for table in found)}"
+
+
+def caption(table: Table) -> str:
+    """What the scores of a task are."""
+    data = "test data" if table.tested else "validation data, for the task has no test data"
+    text = f"{table.metric}, {table.better} is better, on {data}."
+    if table.target is not None:
+        text += f" Target: {figure(table.target)} on validation data."
+    return text
+
+
+def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
+    """What the figures depend on."""
+    rest = "" if plan.rest is None else f", the rest at {plan.rest}"
+    tuned = "the tuned rate of the first for all" if plan.drop_in else f"{plan.trials} tuning runs"
+    lines = [
+        f"command: `{plan.command}`",
+        f"{tuned}, {plan.seeds} seeds; the seed decides weights and data for all alike{rest}",
+        f"hardware: {processor()}, one thread a trial, other trials beside it",
+    ]
+    for table in found:
+        lines += [f"{table.task}: {table.about}; data {x}" for x in table.records]
+        if len(table.records) > 1:
+            lines.append(f"{table.task}: THE DATA DIFFER between rows, which do not compare")
+    lines += sorted({f"software: {x}" for table in found for x in table.software})
+    return lines
+
+
+def processor() -> str:
+    """The name of the processor."""
+    info = Path("/proc/cpuinfo")
+    found = info.read_text().splitlines() if info.exists() else []
+    names = [x.partition(":")[2].strip() for x in found if x.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or "unknown"
+
+
+CSS = """
+:root { color-scheme: light; --ink: #1f2430; --muted: #5b6270; --line: #e1e4ea; --good: #0a6b4b; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1180px; padding: 24px 16px 64px; color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; background: #fff; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+p, li { max-width: 75ch; } .muted { color: var(--muted); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 10px; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+th { color: var(--muted); font-weight: 600; cursor: help; }
+tr.best td { color: var(--good); font-weight: 600; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr));
+  gap: 12px; margin: 16px 0; }
+figure { margin: 0; } svg { width: 100%; height: auto; }
+code { background: #f3f4f7; padding: 1px 4px; overflow-wrap: anywhere; }
+"""
+
+
+def page(plan: Plan, found: Sequence[Table], drawn: Mapping[str, str]) -> str:
+    """The report as HTML: no script, no font and no file from elsewhere."""
+    body = [f"<h1>{escape(title(found))}</h1>"]
+    if len(found) > 1:
+        body.append("<h2>All tasks</h2>" + _html(OVERALL, _overall(found), {}))
+    if "differences" in drawn:
+        body.append(_figures({"differences": drawn["differences"]}))
+    for table in found:
+        rows = [cells(table, line) for line in table.lines]
+        best = {i for i, line in enumerate(table.lines) if line.rank == 1}
+        about = dict(COLUMNS)
+        body.append(f'<h2 id="{escape(table.task)}">{escape(table.task)}</h2>')
+        body.append(f'<p class="muted">{escape(caption(table))}</p>')
+        body.append(_html([name for name, _ in COLUMNS], rows, about, best))
+        name = figures.file_name(table.task)
+        own = {k: v for k, v in drawn.items() if k.rpartition("-")[0] == name}
+        body.append(_figures(own))
+        streams = [line for line in table.lines if line.stream]
+        if streams:
+            names = [*streams[0].stream]
+            rows = [[line.label, *(_words(line.stream[n]) for n in names)] for line in streams]
+            body.append(_html(["stream", *names], rows, {}))
+    lines = "".join(f"<li>{_code(line)}</li>" for line in conditions(plan, found))
+    about = "".join(f"<li><b>{escape(n)}</b>: {escape(t)}.</li>" for n, t in COLUMNS)
+    body.append(f"<h2>Conditions</h2><ul>{lines}</ul><h2>Columns</h2><ul>{about}</ul>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{escape(title(found))}</title>'
+        f"<style>{CSS}</style></head><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _figures(drawn: Mapping[str, str]) -> str:
+    # Names within a picture are the page's: each picture gets its own.
+    inside = "".join(
+        f'<figure role="img" aria-label="{escape(name)}">{_own(text, i)}</figure>'
+        for i, (name, text) in enumerate(drawn.items())
+    )
+    return f'<div class="pictures">{inside}</div>'
+
+
+def _own(text: str, index: int) -> str:
+    prefix = f"p{zlib.crc32(text.encode())}{index}-"
+    for mark in ('id="', 'href="#', "url(#"):
+        text = text.replace(mark, mark + prefix)
+    return text
+
+
+def _html(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    about: Mapping[str, str],
+    best: set[int] | None = None,
+) -> str:
+    top = "".join(f'<th title="{escape(about.get(h, h))}">{escape(h)}</th>' for h in heads)
+    lines = []
+    for i, row in enumerate(rows):
+        kind = ' class="best"' if best and i in best else ""
+        lines.append(f"<tr{kind}>{''.join(f'<td>{_bold(x)}</td>' for x in row)}</tr>")
+    return f'<div class="scroll"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
+
+
+def _bold(text: str) -> str:
+    strong = text.startswith("**") and text.endswith("**")
+    return f"<b>{escape(text[2:-2])}</b>" if strong else escape(text)
+
+
+def _code(text: str) -> str:
+    parts = escape(text).split("`")
+    return "".join(f"<code>{x}</code>" if i % 2 else x for i, x in enumerate(parts))
+
+
+def _pipes(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [list(heads), ["---", *["---:"] * (len(heads) - 1)], *map(list, rows)]
+    return [f"| {' | '.join(x.replace('|', '¦') for x in line)} |" for line in lines]
+
+
+def _share(found: Interval | None, line: Line) -> str:
+    missed = f" ({line.missed} missed)" if line.missed else ""
+    return f"–{missed}" if found is None else f"{_words(found)} ×{missed}"
+
+
+def _words(found: Interval) -> str:
+    return "–" if math.isnan(found.mean) else f"{found}"

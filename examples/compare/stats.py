@@ -1,0 +1,119 @@
+"""How sure a difference is: means over seeds, paired differences, and what follows from curves."""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from examples.hope.tasks.metrics import mean_interval
+
+RESAMPLES = 10_000
+FEW = 5  # below, too many resamples repeat one value for a bootstrap
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `count` values and its 95 % interval; infinite for fewer than two values."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def apart(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.low):
+            return figure(self.mean)
+        return f"{figure(self.mean)} [{figure(self.low)}, {figure(self.high)}]"
+
+
+def figure(x: float) -> str:
+    """Four digits, as tables have them."""
+    if x == 0 or 1e-3 <= abs(x) < 1e5:
+        digits = 0 if abs(x) >= 1e4 else max(0, 3 - math.floor(math.log10(abs(x) or 1)))
+        return f"{x:.{min(digits, 4)}f}"
+    return f"{x:.2e}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The wider of Student's interval and, from five values on, the studentized bootstrap's.
+
+    In simulations of five normal values the percentile bootstrap covered the mean 84 times in 100,
+    Student's t and the studentized bootstrap 95; where values are skewed (log-normal) 72, 82 and
+    90. The wider of the two keeps its promise in more cases than each of them.
+    """
+    x = np.asarray(values, np.float64)
+    if len(x) < 2:
+        return Interval(float(x.mean()) if len(x) else math.nan, -math.inf, math.inf, len(x))
+    mean, half = mean_interval([*map(float, x)])
+    low, high = mean - half, mean + half
+    spread = x.std(ddof=1) / math.sqrt(len(x))
+    if len(x) >= FEW and spread > 1e-12 * np.abs(x).max():
+        # The values decide the resamples, so that the same study has the same interval.
+        chance = np.random.default_rng(zlib.crc32(x.tobytes()))
+        drawn = x[chance.integers(0, len(x), (RESAMPLES, len(x)))]
+        means, spreads = drawn.mean(1), drawn.std(1, ddof=1) / math.sqrt(len(x))
+        off = means - x.mean()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = np.where(spreads > 0, off / spreads, np.sign(off) * np.inf)
+        t = np.where(np.isnan(t), 0.0, t)
+        least, most = np.quantile(t, [0.025, 0.975], method="higher")
+        low, high = min(low, mean - most * spread), max(high, mean - least * spread)
+    return Interval(mean, float(low), float(high), len(x))
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval:
+    """Of the differences ours - theirs over the seeds that both have."""
+    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+
+
+def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval:
+    """The geometric mean of ours / theirs over the seeds that both have; both are positive."""
+    logs = {s: math.log(ours[s] / theirs[s]) for s in ours.keys() & theirs.keys()}
+    found = interval([logs[s] for s in sorted(logs)])
+    if not math.isfinite(found.low):
+        return Interval(math.exp(found.mean), found.low, found.high, len(logs))
+    low, high = (math.exp(min(x, 700)) for x in (found.low, found.high))
+    return Interval(math.exp(found.mean), low, high, len(logs))
+
+
+def reached(
+    curve: Sequence[Mapping[str, float | None]], target: float, better: str, axis: str
+) -> float | None:
+    """Where on `axis` a curve first is as good as the target; None if it never is."""
+    for point in curve:
+        score, place = point["validate"], point[axis]
+        if score is None or place is None:
+            continue
+        if score <= target if better == "lower" else score >= target:
+            return place
+    return None
+
+
+def sensitivity(tried: Mapping[float, float | None], start: float, better: str) -> float:
+    """The mean loss of score over the rates tried, to the best (after Wortsman et al. 2023).
+
+    A rate that diverged counts as the untrained model, `start`, as does one that is worse.
+    """
+    sign = 1.0 if better == "lower" else -1.0
+    losses = [sign * (start if score is None else score) for score in tried.values()]
+    capped = [min(loss, sign * start) for loss in losses]
+    return math.fsum(capped) / len(capped) - min(capped)
+
+
+def ranks(scores: Mapping[str, float], better: str) -> dict[str, float]:
+    """Rank 1 for the best; equals share the mean of their ranks, and nan comes last."""
+    sign = 1.0 if better == "lower" else -1.0
+    key = {k: math.inf if math.isnan(v) else sign * v for k, v in scores.items()}
+    found = {}
+    for name, value in key.items():
+        less = sum(other < value for other in key.values())
+        same = sum(other == value for other in key.values())
+        found[name] = less + (same + 1) / 2
+    return found

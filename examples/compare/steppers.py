@@ -1,0 +1,233 @@
+"""Training steps in torch and in JAX, under one schedule, with any optimizer."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_leaves
+
+from deepopt import rules
+from examples.compare.contenders import Contender
+from examples.compare.problem import Problem
+from torch_backend import Optimizer
+
+BETAS = (0.9, 0.95)  # of the AdamW that steps the rest
+
+
+def factor(step: int, problem: Problem) -> float:
+    """Of the learning rate at a step, from 0."""
+    steps, schedule = problem.total, problem.schedule
+    warm = round(problem.warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    if schedule == "constant":
+        return 1.0
+    done = min(1.0, (step - warm) / max(1, steps - warm))
+    return 1 - done if schedule == "linear" else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Torch:
+    """An `nn.Module` in training."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        contender: Contender,
+        lr: float,
+        settings: Mapping[str, Any],
+        rest: float | None,
+    ) -> None:
+        self._problem, self._model = problem, problem.model
+        self.optimizers = optimizers(self._model, contender, lr, settings, rest)
+        self._schedulers = [
+            LambdaLR(x, lambda step: factor(step, problem)) for x in self.optimizers
+        ]
+        self.optimizer_seconds = 0.0
+        self._mode("train")
+        cuda = [p.device for p in self._model.parameters() if p.device.type == "cuda"]
+        self._device = cuda[0] if cuda else None
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def step(self, batch: Any) -> float:
+        if not self._model.training:
+            self._model.train()
+            self._mode("train")
+        loss = self._problem.loss(self._model, batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            return value
+        loss.backward()
+        if self._problem.clip is not None:
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._problem.clip)
+        began = time.perf_counter()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self._device is not None:
+            torch.cuda.synchronize(self._device)
+        self.optimizer_seconds += time.perf_counter() - began
+        for optimizer, scheduler in zip(self.optimizers, self._schedulers, strict=True):
+            scheduler.step()
+            optimizer.zero_grad()
+        return value
+
+    def model(self) -> nn.Module:
+        self._model.eval()
+        self._mode("eval")
+        return self._model
+
+    def state_bytes(self) -> int:
+        held = {
+            x.data_ptr(): x.nbytes
+            for optimizer in self.optimizers
+            for x in tree_leaves(dict(optimizer.state))
+            if isinstance(x, Tensor)
+        }
+        return sum(held.values())
+
+    def parameter_bytes(self) -> int:
+        return sum(p.nbytes for p in self._model.parameters())
+
+    def peak_bytes(self) -> int | None:
+        return None if self._device is None else torch.cuda.max_memory_allocated(self._device)
+
+    def _mode(self, name: str) -> None:
+        # Schedule-free optimizers keep one set of weights to train and another to evaluate.
+        for optimizer in self.optimizers:
+            switch = getattr(optimizer, name, None)
+            if callable(switch):
+                switch()
+
+
+def optimizers(
+    model: nn.Module,
+    contender: Contender,
+    lr: float,
+    settings: Mapping[str, Any],
+    rest: float | None,
+) -> list[torch.optim.Optimizer]:
+    """The contender for hidden matrices and AdamW at `rest` for all else, or it for everything.
+
+    What is a hidden matrix is the same for all contenders: the model's own `hidden_matrices()`, as
+    in the Hope example, or what a matrix rule takes by routing. Without `rest` a rule of matrices
+    leaves the others to its fallback, AdamW at its own rate, and so does torch's Muon.
+    """
+    views = hidden(model)
+    matrices = [p for parameters in views.values() for p in parameters]
+    inside = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    make = contender.make(lr, settings)
+    only_matrices = contender.name == "torch.optim.Muon"
+    if contender.kind == "rule":
+        rule = make()
+        if rule.domain == "matrix" and not matrices:
+            raise ValueError(f"{contender.label} is for matrices, and the model has none")
+        if rest is None and not hasattr(model, "hidden_matrices"):
+            return [Optimizer(model, rule)]
+        needs_layers = bool(rule.context((2, 2)))
+        if needs_layers:  # they are told apart by the module
+            return [Optimizer(model, rule, fallback=adamw(rest or lr))]
+        groups: list[dict[str, Any]] = [
+            {"params": p, "rule": rule, "seen_as": view} for view, p in views.items() if p
+        ]
+        other = rule if rest is None and rule.domain == "any" else adamw(rest or lr)
+        return [Optimizer([*groups, {"params": others, "rule": other}])]
+    if rest is None and not only_matrices:
+        return [make(list(model.parameters()))]
+    if not matrices:
+        raise ValueError(f"{contender.label}: the model has no hidden matrices, so no `rest`")
+    left = torch.optim.AdamW(others, lr=rest or lr, betas=BETAS, weight_decay=0.0)
+    return [make(matrices), left]
+
+
+def adamw(lr: float) -> rules.AdamW:
+    return rules.AdamW(lr=lr, betas=BETAS, weight_decay=0.0)
+
+
+def hidden(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Hidden matrices by the view that a matrix rule should have of them."""
+    own = getattr(model, "hidden_matrices", None)
+    if own is not None:
+        return own()
+    named = dict(model.named_parameters())
+    try:
+        routes = Optimizer(model, rules.Muon()).routing.routes
+    except ValueError:  # nothing but vectors
+        return {}
+    taken = [named[r.name] for r in routes if r.rule == "Muon"]
+    found: dict[str, list[Tensor]] = {}
+    for p in taken:
+        found.setdefault("flatten" if p.ndim != 3 else "stacked", []).append(p)
+    return found
+
+
+class Jax:
+    """A tree of arrays in training."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        contender: Contender,
+        lr: float,
+        settings: Mapping[str, Any],
+        rest: float | None,
+    ) -> None:
+        import jax
+        import optax
+
+        import jax_backend
+
+        total = problem.total
+        factors = jax.numpy.asarray([factor(i, problem) for i in range(total)])
+
+        def at(rate: float) -> Any:
+            return lambda count: rate * factors[jax.numpy.minimum(count, total - 1)]
+
+        if contender.kind == "rule":
+            rule = contender.make(lr, settings)()
+            own = jax_backend.transform(rule, lr=at(lr))
+        else:
+            rule, own = None, contender.make(at(lr), settings)()
+        if rest is not None:
+            labels = jax.tree.map(lambda x: "own" if x.ndim > 1 else "rest", problem.model)
+            other = optax.adamw(at(rest), *BETAS, weight_decay=0.0)
+            own = optax.multi_transform({"own": own, "rest": other}, labels)
+        clip = [] if problem.clip is None else [optax.clip_by_global_norm(problem.clip)]
+        self._transform = optax.chain(*clip, own)
+        self._model = problem.model
+        self._state = self._transform.init(self._model)
+        self._loss = jax.jit(jax.value_and_grad(problem.loss))
+
+        def update(model: Any, state: Any, gradients: Any) -> Any:
+            updates, state = self._transform.update(gradients, state, model)
+            return optax.apply_updates(model, updates), state
+
+        self._update, self._jax = jax.jit(update), jax
+        self.optimizer_seconds = 0.0
+
+    def step(self, batch: Any) -> float:
+        loss, gradients = self._loss(self._model, batch)
+        value = float(loss)
+        if not math.isfinite(value):
+            return value
+        began = time.perf_counter()
+        found = self._update(self._model, self._state, gradients)
+        self._model, self._state = self._jax.block_until_ready(found)
+        self.optimizer_seconds += time.perf_counter() - began
+        return value
+
+    def model(self) -> Any:
+        return self._model
+
+    def state_bytes(self) -> int:
+        return sum(x.nbytes for x in self._jax.tree.leaves(self._state) if hasattr(x, "nbytes"))
+
+    def parameter_bytes(self) -> int:
+        return sum(x.nbytes for x in self._jax.tree.leaves(self._model))
+
+    def peak_bytes(self) -> int | None:
+        return None

@@ -1,0 +1,290 @@
+"""A study: tasks × contenders, each tuned with as many trials, then seeds to report."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepopt import replacing
+from examples.compare import search
+from examples.compare.contenders import Contender, contender
+from examples.compare.ledger import Ledger
+from examples.compare.registry import make_problem
+from examples.compare.trial import Trial, run, stepper
+from examples.compare.workers import Done, side_by_side
+from examples.hope.checkpoint import Stop
+from examples.hope.report import Progress
+
+TUNING_SEED = 1000  # far from the seeds that are reported, 0, 1, …
+TUNING_PARTS = 3  # of a stream: a rate tuned on its end would know what comes
+HOUR = 3600.0
+LEDGER = "ledger.sqlite"
+PLAN = "study.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for.
+
+    tasks: (label, name, options). optimizers: as users name them; the first is the reference.
+    trials: of every optimizer on every task, to find its learning rate and its choices.
+    lr: rates that are given instead, by label. drop_in: the others take the tuned rate of the
+        first, and tune nothing.
+    steps, rest: in place of those of the tasks. rest "same": the optimizer steps everything.
+    """
+
+    tasks: Sequence[tuple[str, str, Mapping[str, Any]]]
+    optimizers: Sequence[str]
+    seeds: int = 5
+    trials: int = 7
+    lr: Mapping[str, float] = field(default_factory=dict[str, float])
+    drop_in: bool = False
+    steps: int | None = None
+    rest: float | str | None = None
+    command: str = ""
+
+    def save(self, folder: Path) -> None:
+        """As JSON, for the report."""
+        with replacing(folder / PLAN) as file:
+            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> "Plan":
+        path = folder / PLAN
+        if not path.exists():
+            raise FileNotFoundError(f"{str(folder)!r} holds no study: {PLAN} is missing")
+        found = json.loads(path.read_text())
+        return cls(**{**found, "tasks": [tuple(x) for x in found["tasks"]]})
+
+
+@dataclass
+class Entry:
+    """One contender on one task: what was tried, what was chosen, and the trials to report."""
+
+    task: str
+    contender: Contender
+    tuning: dict[str, Trial] = field(default_factory=dict[str, Trial])
+    reported: dict[str, Trial] = field(default_factory=dict[str, Trial])
+    lr: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    edge: bool = False
+
+
+Rows = dict[str, dict[str, Any]]
+
+
+class Study:
+    """What there is to do, given what has been done: the same for the same ledger."""
+
+    def __init__(self, plan: Plan) -> None:
+        if len(set(plan.optimizers)) < len(plan.optimizers):
+            raise ValueError(f"--optimizers {' '.join(plan.optimizers)}: each once")
+        self.plan = plan
+        self.problems = {
+            label: make_problem(name, options, TUNING_SEED) for label, name, options in plan.tasks
+        }
+        self.options = {label: (name, options) for label, name, options in plan.tasks}
+        self.entries = [
+            Entry(label, contender(text, problem.backend))
+            for label, problem in self.problems.items()
+            for text in plan.optimizers
+        ]
+        unknown = [name for name in plan.lr if name not in plan.optimizers]
+        if unknown:
+            raise ValueError(f"--lr {unknown[0]}=…: no such row; there are {plan.optimizers}")
+        for entry in self.entries:
+            count = len(entry.contender.variants())
+            if count > 1 and (plan.drop_in or plan.trials < count + 2):
+                raise ValueError(
+                    f"{entry.contender.label} has {count} choices: --trials {count + 2} at least, "
+                    "of which three are for the learning rate, and no --drop-in"
+                )
+            # It says now whether the optimizer can step the model at all.
+            stepper(self.problems[entry.task], self.trial(entry, entry.contender.lr, {}, 0))
+
+    def trial(
+        self, entry: Entry, lr: float, settings: Mapping[str, Any], seed: int, tuning: bool = False
+    ) -> Trial:
+        name, options = self.options[entry.task]
+        parts = len(self.problems[entry.task].parts)
+        return Trial(
+            **{"task": name, "options": options, "optimizer": entry.contender.label, "lr": lr},
+            **{"settings": settings or entry.contender.variants()[0], "seed": seed},
+            **{"steps": self.plan.steps, "rest": self.plan.rest},
+            parts=min(TUNING_PARTS, parts - 1) if tuning and parts > 1 else None,
+        )
+
+    def following(self, rows: Rows) -> list[Trial]:
+        """The trials that can be done now; none when the study is done."""
+        found: list[Trial] = []
+        for entry in self.entries:
+            found += self._of(entry, rows)
+        return list({trial.id(): trial for trial in found}.values())
+
+    def _of(self, entry: Entry, rows: Rows) -> Iterator[Trial]:
+        plan, one = self.plan, entry.contender
+        better = self.problems[entry.task].better
+        first = next(e for e in self.entries if e.task == entry.task)
+        entry.tuning, entry.reported = {}, {}
+        variants = one.variants()
+        settings = variants[0]
+        if one.label in plan.lr:
+            lr = plan.lr[one.label]
+        elif plan.drop_in and entry is not first:
+            if first.lr is None:
+                return
+            lr = first.lr
+        else:
+            budget = plan.trials - (len(variants) - 1)
+            tried: dict[float, float | None] = {}
+            while len(tried) < budget:
+                rates = search.following(one.lr, tried, better)[: budget - len(tried)]
+                rates = [rate for rate in rates if rate not in tried]
+                if not rates:
+                    break
+                asked = [self.trial(entry, r, settings, TUNING_SEED, True) for r in rates]
+                entry.tuning |= {t.id(): t for t in asked}
+                missing = [t for t in asked if t.id() not in rows]
+                if missing:
+                    yield from missing
+                    return
+                tried |= {t.lr: rows[t.id()]["validate"] for t in asked}
+            best = search.best_rate(tried, better)
+            if best is None:  # it diverged everywhere: the report says so
+                entry.lr, entry.edge = None, True
+                return
+            lr, entry.edge = best, search.at_edge(tried, better)
+            if len(variants) > 1:
+                asked = [self.trial(entry, lr, v, TUNING_SEED, True) for v in variants]
+                entry.tuning |= {t.id(): t for t in asked}
+                missing = [t for t in asked if t.id() not in rows]
+                if missing:
+                    yield from missing
+                    return
+                scores = {float(i): rows[t.id()]["validate"] for i, t in enumerate(asked)}
+                settings = variants[int(search.best_rate(scores, better) or 0)]
+        entry.lr, entry.settings = lr, settings
+        for seed in range(plan.seeds):
+            trial = self.trial(entry, lr, settings, seed)
+            entry.reported[trial.id()] = trial
+            if trial.id() not in rows:
+                yield trial
+
+    def length(self, trial: Trial) -> int:
+        """Its steps on all the parts that it learns."""
+        label = next(k for k, v in self.options.items() if v == (trial.task, trial.options))
+        problem = self.problems[label]
+        return (trial.steps or problem.steps) * len(problem.parts[: trial.parts])
+
+    def left(self, rows: Rows) -> dict[str, int]:
+        """How many trials are to be done, by task and contender, at most."""
+        found = {}
+        for entry in self.entries:
+            tunes = entry.contender.label not in self.plan.lr and not (
+                self.plan.drop_in and entry.contender.label != self.plan.optimizers[0]
+            )
+            known = {**entry.tuning, **entry.reported}
+            done = sum(name in rows for name in known)
+            count = self.plan.seeds + (self.plan.trials if tunes else 0)
+            found[f"{entry.task}\n{entry.contender.label}"] = max(0, count - done)
+        return found
+
+
+def estimate(study: Study, rows: Rows, jobs: int, steps: int = 3) -> float:
+    """Seconds that what is left may take, from a few steps of each; about."""
+    study.following(rows)
+    total, threads = 0.0, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for entry, count in zip(study.entries, study.left(rows).values(), strict=True):
+            if not count:
+                continue
+            name, options = study.options[entry.task]
+            began = time.perf_counter()
+            problem = make_problem(name, options, TUNING_SEED)
+            trial = replace(study.trial(entry, entry.contender.lr, {}, 0), steps=None)
+            training = stepper(problem, trial)
+            part = problem.parts[0]
+            part.validate(training.model())
+            training.step(next(part.batches))  # JAX compiles, and torch allocates
+            once = time.perf_counter() - began
+            began = time.perf_counter()
+            part.validate(training.model())
+            scored = time.perf_counter() - began
+            began = time.perf_counter()
+            for _ in range(steps):
+                training.step(next(part.batches))
+            each = (time.perf_counter() - began) / steps
+            length = (study.plan.steps or problem.steps) * len(problem.parts)
+            scores = min(length, trial.points) + 2 * len(problem.parts) ** 2
+            total += count * (once + length * each + scores * scored)
+    finally:
+        torch.set_num_threads(threads)
+    return total / jobs
+
+
+def work(trial: Trial, tell: Callable[..., None]) -> dict[str, Any]:
+    """What a process does with a trial."""
+    problem = make_problem(trial.task, trial.options, trial.seed)
+    return run(trial, problem, tell)
+
+
+def conduct(study: Study, folder: Path, jobs: int) -> Done:
+    """Do what is left, round by round; results are in the ledger as soon as they are there."""
+    whole = Done()
+    with Ledger(folder / LEDGER) as ledger, Stop(signal.SIGINT, signal.SIGTERM) as stop:
+        study.plan.save(folder)
+        rows = ledger.results()
+        study.following(rows)
+        shown = Shown(study, rows)
+        tried: set[str] = set()
+        while not stop.asked:
+            trials = [t for t in study.following(rows) if t.id() not in tried]
+            if not trials:
+                break
+            tried |= {t.id() for t in trials}
+
+            def finished(index: int, result: dict[str, Any], trials: list[Trial] = trials) -> None:
+                trial = trials[index]
+                ledger.write(trial.id(), asdict(trial), result)
+                rows[trial.id()] = {**result, "asked": asdict(trial)}
+                shown.heard(trial, study.length(trial), result["validate"])
+
+            def heard(
+                index: int, step: int, score: float | None, trials: list[Trial] = trials
+            ) -> None:
+                shown.heard(trials[index], step, score)
+
+            done = side_by_side(
+                *(trials, work, jobs), heard=heard, finished=finished, stop=lambda: stop.asked
+            )
+            for index, error in done.errors.items():
+                t = trials[index]
+                text = f"{t.task}, {t.optimizer}, lr {t.lr:g}, seed {t.seed}: {error}"
+                whole.errors[len(whole.errors)] = text
+        shown.progress.close()
+        whole.stopped = stop.asked
+    return whole
+
+
+class Shown:
+    """Progress over all trials, in steps of optimizers."""
+
+    def __init__(self, study: Study, rows: Rows) -> None:
+        left = zip(study.entries, study.left(rows).values(), strict=True)
+        trials = [study.trial(e, e.contender.lr, {}, 0) for e in study.entries]
+        lengths = map(study.length, trials)
+        self._total = sum(n * count for (_, count), n in zip(left, lengths, strict=True))
+        self._steps: dict[str, int] = {}
+        self.progress = Progress(max(1, self._total), 1, units=("", "steps/s"))
+
+    def heard(self, trial: Trial, step: int, score: float | None) -> None:
+        self._steps[trial.id()] = step
+        note = f"{trial.task}, {trial.optimizer}, lr {trial.lr:g}, seed {trial.seed}"
+        done = min(sum(self._steps.values()), self._total)
+        self.progress.update(done, score, note)

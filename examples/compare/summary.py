@@ -1,0 +1,209 @@
+"""What a study found, as numbers: one line for each contender on each task."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from examples.compare import stats
+from examples.compare.stats import Interval
+from examples.compare.study import Entry, Rows, Study
+from examples.hope.tasks.metrics import continual
+
+Curve = list[Mapping[str, Any]]
+
+
+@dataclass
+class Line:
+    """A contender on a task.
+
+    test: of each seed. difference: to the first contender, in pairs. steps, seconds: to the first
+    contender's validation score at its end, seed by seed, as a share of what it took itself, of
+    the seeds that got there; `missed` did not. sensitivity: see `stats.sensitivity`. tried: rates
+    and their scores.
+    """
+
+    label: str
+    lr: float | None
+    settings: Mapping[str, Any]
+    edge: bool
+    test: dict[int, float]
+    mean: Interval
+    difference: Interval | None
+    rank: float
+    diverged: int
+    steps: Interval | None
+    seconds: Interval | None
+    missed: int
+    sensitivity: float
+    tried: dict[float, float | None]
+    curves: list[Curve]
+    matrix: list[list[float]] | None
+    stream: dict[str, Interval]
+    step_ms: float
+    optimizer_ms: float
+    state: float  # bytes of optimizer state per byte of parameters
+    peak: float | None  # MB on a GPU
+    trials: int
+
+
+@dataclass
+class Table:
+    """All contenders on one task."""
+
+    task: str
+    about: str
+    metric: str
+    better: str
+    target: float | None
+    parts: list[str]
+    tested: bool
+    lines: list[Line] = field(default_factory=list[Line])
+    records: list[str] = field(default_factory=list[str])
+    software: list[str] = field(default_factory=list[str])
+
+
+def tables(study: Study, rows: Rows) -> list[Table]:
+    """The tables of all tasks of which any contender has been reported."""
+    study.following(rows)
+    found = []
+    for label in study.problems:
+        entries = [e for e in study.entries if e.task == label]
+        table = _table(study, label, entries, rows)
+        if any(line.test or line.diverged for line in table.lines):
+            found.append(table)
+    return found
+
+
+def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Table:
+    problem = study.problems[label]
+    better, first = problem.better, entries[0]
+    done = {e.contender.label: _reported(e, rows) for e in entries}
+    own = done[first.contender.label]
+    ends = [r["validate"] for r in own.values() if r["validate"] is not None]
+    target = statistics.fmean(ends) if ends and len(problem.parts) == 1 else None
+    reference = _scores(own)
+    lines = []
+    for entry in entries:
+        name = entry.contender.label
+        found = done[name]
+        test = _scores(found)
+        # On the way through a stream a score is that of another part.
+        whole = {} if len(problem.parts) > 1 else found
+        steps, missed = _reached(whole, own, better, "step")
+        seconds, _ = _reached(whole, own, better, "seconds")
+        tried = {t.lr: rows[i]["validate"] for i, t in entry.tuning.items() if i in rows}
+        start = next((rows[i]["curve"][0]["validate"] for i in entry.tuning if i in rows), math.nan)
+        good = [r for r in found.values() if r["status"] == "finished"]
+        matrices = [r["matrix"]["test"] for r in good if r["matrix"]]
+        lines.append(
+            Line(
+                label=name,
+                lr=entry.lr,
+                settings={k: v for k, v in entry.settings.items() if k in entry.contender.choices},
+                edge=entry.edge,
+                test=test,
+                mean=stats.interval([*test.values()]),
+                difference=None if entry is first else stats.paired(test, reference),
+                rank=math.nan,
+                diverged=sum(r["status"] == "diverged" for r in found.values())
+                + (len(range(study.plan.seeds)) if entry.lr is None and entry.edge else 0),
+                steps=steps,
+                seconds=seconds,
+                missed=missed,
+                sensitivity=stats.sensitivity(tried, start, better) if tried else math.nan,
+                tried=dict(sorted(tried.items())),
+                curves=[r["curve"] for r in found.values()],
+                matrix=_mean_matrix(matrices),
+                stream=_stream(matrices, better),
+                step_ms=_mean([1e3 * r["seconds"] / max(1, r["steps"]) for r in good]),
+                optimizer_ms=_mean(
+                    [1e3 * r["optimizer_seconds"] / max(1, r["steps"]) for r in good]
+                ),
+                state=_mean([r["state_bytes"] / r["parameter_bytes"] for r in good]),
+                peak=_mean([r["peak_bytes"] / 1e6 for r in good if r["peak_bytes"]]) or None,
+                trials=len(tried) + len(found),
+            )
+        )
+    ranked = stats.ranks({x.label: x.mean.mean for x in lines}, better)
+    for line in lines:
+        line.rank = ranked[line.label]
+    every = [r for found in done.values() for r in found.values()]
+    name, options = study.options[label]
+    return Table(
+        **{"task": label, "metric": problem.metric, "better": better, "target": target},
+        about=f"{name} {dict(options) or ''}".strip(),
+        parts=next((r["parts"] for r in every), []),
+        tested=all(r["tested"] for r in every),
+        lines=lines,
+        records=sorted({_words(r["record"]) for r in every}),
+        software=sorted({_words(r["software"]) for r in every}),
+    )
+
+
+def overall(found: Sequence[Table]) -> dict[str, tuple[float, int, int, int]]:
+    """Of each contender: mean rank, and on how many tasks it was better, worse, neither.
+
+    Better and worse than the first contender, where the interval of the difference leaves out 0.
+    """
+    labels = dict.fromkeys(line.label for table in found for line in table.lines)
+    summary = {}
+    for label in labels:
+        pairs = [(t, line) for t in found for line in t.lines if line.label == label]
+        signs = [_verdict(table, line) for table, line in pairs]
+        ranks = statistics.fmean(line.rank for _, line in pairs)
+        summary[label] = (ranks, signs.count(1), signs.count(-1), signs.count(0))
+    return summary
+
+
+def _verdict(table: Table, line: Line) -> int:
+    if line.difference is None or not line.difference.apart:
+        return 0
+    lower = line.difference.mean < 0
+    return 1 if lower == (table.better == "lower") else -1
+
+
+def _reported(entry: Entry, rows: Rows) -> dict[int, dict[str, Any]]:
+    return {t.seed: rows[i] for i, t in entry.reported.items() if i in rows}
+
+
+def _scores(found: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    return {seed: r["test"] for seed, r in found.items() if r["test"] is not None}
+
+
+def _reached(
+    found: Mapping[int, Mapping[str, Any]],
+    reference: Mapping[int, Mapping[str, Any]],
+    better: str,
+    axis: str,
+) -> tuple[Interval | None, int]:
+    """Where the reference's score at its end is reached, as a share of its way; seeds that miss."""
+    ours, theirs = {}, {}
+    pairs = {s: (row, reference[s]) for s, row in found.items() if s in reference}
+    pairs = {s: (a, b) for s, (a, b) in pairs.items() if b["status"] == "finished"}
+    for seed, (row, other) in pairs.items():
+        place = stats.reached(row["curve"], other["validate"], better, axis)
+        if place:
+            ours[seed], theirs[seed] = place, other["curve"][-1][axis]
+    return (stats.ratio(ours, theirs) if ours else None), len(pairs) - len(ours)
+
+
+def _stream(matrices: Sequence[list[list[float]]], better: Any) -> dict[str, Interval]:
+    each = [continual(matrix, better) for matrix in matrices]
+    return {name: stats.interval([x[name] for x in each]) for name in (each[0] if each else {})}
+
+
+def _mean_matrix(matrices: Sequence[list[list[float]]]) -> list[list[float]] | None:
+    if not matrices:
+        return None
+    size = range(len(matrices[0]))
+    return [[_mean([m[i][j] for m in matrices]) for j in size] for i in size]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in values.items())

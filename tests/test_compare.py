@@ -1,0 +1,695 @@
+"""Comparison studies: the search, the statistics, the ledger, trials, and whole studies."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from examples.compare import __main__ as command
+from examples.compare import contenders, registry, search, stats, workers
+from examples.compare.contenders import contender
+from examples.compare.ledger import Ledger, read
+from examples.compare.problem import Part, Problem
+from examples.compare.steppers import factor, optimizers
+from examples.compare.study import LEDGER, Plan, Study
+from examples.compare.summary import tables
+from examples.compare.tasks import TASKS
+from examples.compare.trial import Trial, run, stepper
+
+# The search for a learning rate
+
+
+def bowl(rate: float, best: float) -> float:
+    return (math.log10(rate) - math.log10(best)) ** 2
+
+
+def searched(best: float, trials: int, start: float = 1e-2, better: str = "lower") -> list[float]:
+    tried: dict[float, float | None] = {}
+    while len(tried) < trials:
+        for rate in search.following(start, tried, better)[: trials - len(tried)]:
+            assert rate not in tried
+            tried[rate] = bowl(rate, best) * (1 if better == "lower" else -1)
+    return [*tried]
+
+
+def test_a_search_grows_until_the_best_is_inside_and_then_halves() -> None:
+    assert searched(1e-2, 5) == [0.0032, 0.01, 0.032, 0.0057, 0.0075]
+    assert searched(1e-2, 5, better="higher") == searched(1e-2, 5)
+    assert searched(1.0, 7) == [0.0032, 0.01, 0.032, 0.1, 0.32, 1.0, 3.2]
+    assert searched(1e-4, 7) == [0.0032, 0.01, 0.032, 0.001, 0.00032, 0.0001, 3.2e-5]
+
+
+@pytest.mark.parametrize("best", [3e-4, 2e-3, 1e-2, 7e-2, 0.4])
+def test_a_search_of_seven_trials_comes_near(best: float) -> None:
+    tried = dict.fromkeys(searched(best, 7))
+    scores = {rate: bowl(rate, best) for rate in tried}
+    found = search.best_rate(scores, "lower")
+    assert found is not None and abs(math.log10(found / best)) < 0.3
+    assert not search.at_edge(scores, "lower")
+
+
+def test_rates_that_diverge_are_worse_than_all() -> None:
+    tried: dict[float, float | None] = {0.0032: 1.0, 0.01: None, 0.032: None}
+    assert search.following(0.01, tried, "lower") == [0.001]
+    assert search.at_edge(tried, "lower")
+    nothing: dict[float, float | None] = dict.fromkeys(tried)
+    assert search.best_rate(nothing, "lower") is None
+    assert search.following(0.01, nothing, "lower") == [0.00032]
+
+
+# Statistics
+
+
+def test_intervals_are_the_wider_of_two() -> None:
+    found = stats.interval([0.5, 0.6, 0.7])
+    assert found.high - found.mean == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    # The bootstrap's is lopsided where the values are.
+    lopsided = stats.interval([0.0, 0.1, 0.1, 0.2, 3.0])
+    student = stats.mean_interval([0.0, 0.1, 0.1, 0.2, 3.0])
+    assert lopsided.low <= student[0] - student[1]
+    assert lopsided.high > student[0] + student[1] + 0.5
+    assert lopsided == stats.interval([0.0, 0.1, 0.1, 0.2, 3.0])
+    assert stats.interval([2.0] * 5) == stats.Interval(2.0, 2.0, 2.0, 5)
+    assert not stats.interval([1.0]).apart and f"{stats.interval([1.0])}" == "1.000"
+    assert math.isnan(stats.interval([]).mean)
+
+
+@pytest.mark.parametrize(("gap", "least", "most"), [(0.0, 0, 5), (6.0, 95, 100)])
+def test_what_is_better_is_found_and_copies_are_not_told_apart(
+    gap: float, least: int, most: int
+) -> None:
+    """100 studies of 5 seeds; the gap is in standard deviations of a paired difference."""
+    chance, found = np.random.default_rng(0), 0
+    for _ in range(100):
+        seeds = chance.normal(size=5)  # what a seed does to both
+        ours, theirs = (seeds + chance.normal(size=5) / math.sqrt(2) for _ in range(2))
+        a, b = ({i: float(x[i]) for i in range(5)} for x in (ours - gap, theirs))
+        found += stats.paired(a, b).high < 0 or stats.paired(a, b).low > 0
+    assert least <= found <= most
+
+
+def test_pairs_are_those_that_both_have() -> None:
+    assert stats.paired({0: 1.0, 1: 2.0, 5: 9.0}, {0: 0.5, 1: 1.5}).mean == 0.5
+    assert stats.paired({0: 1.0, 1: 2.0, 5: 9.0}, {0: 0.5, 1: 1.5}).count == 2
+    ratio = stats.ratio({0: 1.0, 1: 4.0}, {0: 2.0, 1: 2.0})
+    assert ratio.mean == pytest.approx(1.0) and ratio.low < 0.5 < 2 < ratio.high
+    assert stats.ratio({0: 1.0}, {0: 4.0}).mean == 0.25 and math.isnan(stats.ratio({}, {}).mean)
+
+
+def test_targets_sensitivities_and_ranks() -> None:
+    curve = [{"step": s, "validate": v} for s, v in [(0, 3.0), (10, 2.0), (20, None), (30, 1.0)]]
+    assert stats.reached(curve, 2.5, "lower", "step") == 10
+    assert stats.reached(curve, 1.0, "lower", "step") == 30
+    assert stats.reached(curve, 0.9, "lower", "step") is None
+    assert stats.reached(curve, 2.5, "higher", "step") == 0
+    # Losses 0.5, 0 and 1 to the best: the last is no worse than the untrained model.
+    assert stats.sensitivity({0.1: 1.5, 1.0: 1.0, 10.0: None}, 2.0, "lower") == pytest.approx(0.5)
+    assert stats.sensitivity({0.1: 0.5, 1.0: 0.9}, 0.1, "higher") == pytest.approx(0.2)
+    assert stats.ranks({"a": 2.0, "b": 1.0, "c": 2.0, "d": math.nan}, "lower") == {
+        **{"a": 2.5, "b": 1.0, "c": 2.5, "d": 4.0}
+    }
+    assert stats.ranks({"a": 2.0, "b": 1.0}, "higher") == {"a": 1.0, "b": 2.0}
+
+
+# The ledger
+
+
+def test_a_ledger_keeps_the_first_of_equal_rows(tmp_path: Path) -> None:
+    path = tmp_path / "new" / LEDGER
+    with Ledger(path) as ledger:
+        ledger.write("a", {"lr": 0.1}, {"test": 1.0})
+        ledger.write("a", {"lr": 0.1}, {"test": 2.0})
+        ledger.write("b", {"lr": 0.2}, {"test": None})
+        expected = {
+            "a": {"test": 1.0, "asked": {"lr": 0.1}},
+            "b": {"test": None, "asked": {"lr": 0.2}},
+        }
+        assert ledger.results() == read(path) == expected  # a report may read meanwhile
+        with pytest.raises(OSError, match="belongs to another study that is running"):
+            Ledger(path)
+    with Ledger(path) as again:
+        assert again.results() == expected
+
+
+def test_what_is_no_ledger_of_this_version_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / LEDGER
+    with pytest.raises(FileNotFoundError, match="no study has been run in"):
+        read(path)
+    path.write_text("something else, and long enough to be no empty file " * 20)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is no ledger"):
+        Ledger(path)
+    assert path.read_bytes() == before
+    path.unlink()
+    with sqlite3.connect(path) as base:
+        base.execute("PRAGMA user_version = 7")
+    base.close()
+    with pytest.raises(ValueError, match="a ledger of version 7, and this is version 1"):
+        Ledger(path)
+
+
+HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+KILLED = """
+import sys
+from pathlib import Path
+from examples.compare.ledger import Ledger
+with Ledger(Path(sys.argv[1])) as ledger:
+    for i in range(10**9):
+        ledger.write(f"{i}", {}, {"text": "x" * 1000})
+        print(i, flush=True)
+"""
+
+
+def test_a_killed_process_leaves_whole_rows_and_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / LEDGER
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True, env=HERE
+    )
+    assert process.stdout is not None
+    told = [int(process.stdout.readline()) for _ in range(5)]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with Ledger(path) as ledger:
+        found = ledger.results()
+    assert {f"{i}" for i in told} <= found.keys()
+    assert all(len(row["text"]) == 1000 for row in found.values())
+
+
+# Contenders
+
+
+def test_contenders_are_what_was_asked_for() -> None:
+    m3 = contender("m3:momentum=0.95,weight=0|0.1,slow=[0.9,0.99]", "torch")
+    assert (m3.name, m3.kind, m3.lr) == ("m3", "rule", 1e-2)
+    assert m3.variants() == [{"momentum": 0.95, "slow": (0.9, 0.99), "weight": w} for w in (0, 0.1)]
+    assert contender("DeltaMomentum", "jax").name == "deltamomentum"
+    sgd = contender("torch.sgd:momentum=0.9", "torch")
+    assert (sgd.name, sgd.kind, sgd.settings) == ("torch.optim.SGD", "torch", {"momentum": 0.9})
+    made = sgd.make(0.1, sgd.settings)([nn.Parameter(torch.ones(2))])
+    assert made.param_groups[0]["lr"] == 0.1 and made.param_groups[0]["momentum"] == 0.9
+    assert contender("optax.lion", "jax").kind == "optax"
+    assert {*contenders.listing()} >= {"M3", "AdamW", "torch.muon", "optax.muon"}
+
+
+@pytest.mark.parametrize(
+    ("text", "backend", "message"),
+    [
+        ("moun", "torch", "no rule is called 'moun': did you mean 'muon'"),
+        ("m3:momentun=0.9", "torch", "M3 has no setting 'momentun': did you mean 'momentum'"),
+        ("m3:lr=0.1", "torch", "M3: lr is what the study tunes; give --lr"),
+        ("m3:momentum=2", "torch", "momentum=2"),
+        ("m3:momentum=0.9|2", "torch", "momentum=2"),
+        ("torch.optim.AdanW", "torch", "'torch.optim' has no optimizer 'AdanW': did you mean"),
+        ("torch.adamw:lr=1", "torch", "lr is what the study tunes"),
+        ("torch.adamw:beta=1", "torch", "has no setting 'beta': did you mean 'betas'"),
+        ("torch.adamw:amsgrad=1", "torch", "amsgrad=1: true or false"),
+        ("torch.adamw", "jax", "the task is one of jax, which needs a function of optax's kind"),
+        ("optax.adamw", "torch", "the task is one of torch, which needs a torch.optim.Optimizer"),
+    ],
+)
+def test_unknown_contenders_are_explained(text: str, backend: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        contender(text, backend)
+
+
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(ImportError, match=r"'nowhere\.SOAP' cannot be .*: pip install nowhere"):
+        contender("nowhere.SOAP", "torch")
+
+
+THEIRS = """
+import torch
+
+class Signs(torch.optim.Optimizer):
+    def __init__(self, params, lr=0.02, share=0.5):
+        super().__init__(params, {"lr": lr, "share": share})
+        self.modes = []
+
+    def train(self):
+        self.modes.append("train")
+
+    def eval(self):
+        self.modes.append("eval")
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p -= group["lr"] * group["share"] * p.grad.sign()
+"""
+
+
+def test_optimizers_of_others_come_by_import_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = contender("theirs.Signs:share=0.25", "torch")
+    assert (found.kind, found.lr, found.settings) == ("torch", 0.02, {"share": 0.25})
+    trial = Trial(
+        "line", {}, "theirs.Signs:share=0.25", {"share": 0.25}, 0.01, 0, steps=4, points=2
+    )
+    problem = make_line(0)
+    training = stepper(problem, trial)
+    training.step(next(problem.parts[0].batches))
+    moved = problem.model["w"].detach().abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.01 * 0.25 / 4))  # warming up
+    training.model()
+    training.step(next(problem.parts[0].batches))
+    # As the schedule-free ones ask for.
+    assert training.optimizers[0].modes == ["train", "eval", "train"]
+    assert run(trial, make_line(0))["status"] == "finished"
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.inside = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.inside(self.embedding(x)))
+
+
+@pytest.mark.parametrize("name", ["m3", "adamw", "torch.adamw", "torch.muon"])
+def test_all_contenders_step_the_same_matrices_beside_the_same_adamw(name: str) -> None:
+    model = Net()
+    made = optimizers(model, contender(name, "torch"), 0.02, {}, 0.003)
+    groups = [g for optimizer in made for g in optimizer.param_groups]
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    assert {n: rates[id(p)] for n, p in model.named_parameters()} == {
+        n: 0.02 if n == "inside.weight" else 0.003 for n, _ in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("name", ["m3", "adamw", "torch.adamw", "torch.muon", "dgd"])
+def test_without_a_rest_one_rate_is_for_everything(name: str) -> None:
+    made = optimizers(Net(), contender(name, "torch"), 0.02, {}, None)
+    groups = [g for optimizer in made for g in optimizer.param_groups]
+    assert {g["lr"] for g in groups} == {0.02}
+    assert sum(len(g["params"]) for g in groups) == 5
+
+
+def test_rules_of_matrices_need_some() -> None:
+    vectors = nn.ParameterList([torch.ones(3)])
+    for name in ("m3", "torch.muon"):
+        with pytest.raises(ValueError, match="matrices"):
+            optimizers(vectors, contender(name, "torch"), 0.1, {}, 0.1)
+
+
+# Trials
+
+
+def make_line(
+    seed: int, steps: int = 40, backend: str = "torch", nan: int = -1, parts: int = 1
+) -> Problem:
+    """Least squares whose matrix is found; `nan`: the step whose batch is not a number."""
+    xp = registry.make_problem("regression", {"backend": backend}, seed)
+    source, count = xp.parts[0].batches, iter(range(10**9))
+
+    def batches() -> Any:
+        for rows in source:
+            yield tuple(x * math.nan for x in rows) if next(count) == nan else rows
+
+    made = [
+        Part(batches(), xp.parts[0].validate, xp.parts[0].validate if i else None)
+        for i in range(parts)
+    ]
+    return Problem(xp.model, xp.loss, made, steps, record={"name": "line"})
+
+
+def test_a_trial_learns_and_tells() -> None:
+    told: list[tuple[int, float | None]] = []
+    trial = Trial("line", {}, "adamw", {}, 0.03, 0, points=4)
+    found = run(trial, make_line(0), lambda *x: told.append(x))
+    assert found["status"] == "finished" and found["steps"] == 40 and not found["tested"]
+    curve = found["curve"]
+    assert [p["step"] for p in curve] == [s for s, _ in told] == [0, 10, 20, 30, 40]
+    assert [p["validate"] for p in curve] == [s for _, s in told]
+    assert curve[-1]["validate"] == found["validate"] == found["test"] < curve[0]["validate"] / 1.5
+    assert curve[-1]["seconds"] == found["seconds"] >= found["optimizer_seconds"] > 0
+    assert found["parameter_bytes"] == 64 * 16 * 4
+    assert 2 * 4096 <= found["state_bytes"] < 2 * 4096 + 100
+    assert json.loads(json.dumps(found)) == found
+    again = run(trial, make_line(0))
+    assert [p["validate"] for p in again["curve"]] == [p["validate"] for p in curve]
+
+
+@pytest.mark.parametrize("name", ["adamw", "m3", "deltamomentum"])
+def test_a_trial_in_jax_is_that_in_torch(name: str) -> None:
+    curves = []
+    for backend in ("torch", "jax"):
+        trial = Trial("line", {}, name, {}, 0.03, 0, steps=12, points=3)
+        found = run(trial, make_line(0, backend=backend))
+        curves.append([p["validate"] for p in found["curve"]])
+    np.testing.assert_allclose(*curves, rtol=5e-3)
+
+
+def test_a_loss_that_is_no_number_ends_a_trial() -> None:
+    found = run(Trial("line", {}, "adamw", {}, 0.03, 0), make_line(0, nan=7))
+    assert (found["status"], found["diverged_at"], found["steps"]) == ("diverged", 8, 8)
+    assert found["validate"] is found["test"] is found["matrix"] is None
+
+
+def test_parts_come_one_after_another() -> None:
+    trial = Trial("line", {}, "adamw", {}, 0.03, 0, parts=2, steps=10)
+    found = run(trial, make_line(0, parts=3))
+    assert found["steps"] == found["total"] == 20 and found["parts"] == ["1", "2"]
+    assert [len(row) for row in found["matrix"]["test"]] == [2, 2]
+    assert found["test"] == pytest.approx(np.mean(found["matrix"]["test"][-1]))
+    assert "first" in found["curve"][-1] and not found["tested"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", [0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + math.cos(math.pi / 6)), 0.775, 0.1]),
+        ("linear", [0.5, 1.0, 1.0, 5 / 6, 4 / 6, 0.0]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules(schedule: Any, expected: list[float]) -> None:
+    problem = SimpleNamespace(total=8, warmup=0.25, schedule=schedule)
+    found = [factor(step, problem) for step in (0, 1, 2, 3, 4, 8)]  # type: ignore[arg-type]
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_starts_alike_for_a_seed(name: str) -> None:
+    small = {"bytes": {"layers": 1, "width": 16}, "hope": {"layers": 1, "width": 16}}
+    a, b, other = (registry.make_problem(name, small.get(name, {}), seed) for seed in (3, 3, 4))
+    scores = [p.parts[0].validate(p.model) for p in (a, b)]
+    assert scores[0] == scores[1] and math.isfinite(scores[0])
+    losses = [p.loss(p.model, next(p.parts[0].batches)).item() for p in (a, b, other)]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2] or name in ("orthogonal", "rotating")  # from zero weights
+    assert a.record == other.record and a.record
+    assert (registry.tasks()[name].__doc__ or "").strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("digit", {}, "no task is called 'digit': did you mean 'digits'"),
+        ("digits", {"widht": 3}, "task digits has no option 'widht': did you mean 'width'"),
+        ("digits", {"width": "x"}, "width='x': a whole number"),
+        ("digits", {"batch": 9999}, "batch=9999: from 1 to the 1257 rows"),
+        ("digits", {"backend": "tf"}, "backend='tf': 'torch' or 'jax'"),
+        ("examples.compare.stats", {}, "module:function is asked for"),
+        ("examples.compare.stats:rank", {}, "has no function 'rank': did you mean 'ranks'"),
+        ("examples.compare.stats:figure", {}, "figure"),
+    ],
+)
+def test_unknown_tasks_are_explained(name: str, options: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        next(registry.make_problem(name, options, 0).parts[0].batches)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"parts": []}, "at least one part"),
+        ({"steps": 0}, "steps 0: at least 1"),
+        ({"better": "more"}, "better 'more': 'lower' or 'higher'"),
+        ({"schedule": "step"}, "schedule 'step': 'cosine'"),
+        ({"warmup": 1.0}, "warmup 1.0: a share"),
+    ],
+)
+def test_problems_that_cannot_be_are_explained(wrong: dict[str, Any], message: str) -> None:
+    given = {"model": Net(), "loss": None, "parts": [Part(iter([]), len)], "steps": 1}
+    with pytest.raises(ValueError, match=message):
+        Problem(**{**given, **wrong})
+
+
+# Processes
+
+
+def odd(item: int, tell: Any) -> int:
+    tell(item, "begun")
+    if item == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if item == 3:
+        raise ZeroDivisionError("three")
+    return 10 * item
+
+
+def test_a_process_that_dies_takes_only_its_item_along() -> None:
+    said: list[Any] = []
+    done = workers.side_by_side(range(6), odd, 2, heard=lambda *x: said.append(x))
+    assert done.results == {0: 0, 1: 10, 4: 40, 5: 50}
+    assert done.errors[3] == "ZeroDivisionError: three"
+    assert "was killed by signal 9" in done.errors[2]
+    assert (5, 5, "begun") in said and not done.stopped
+
+
+# Studies
+
+TASK = """
+import os, signal, torch
+from torch import nn
+from examples.compare.problem import Part, Problem
+
+def make_task(seed, noise=0.1, fuse=""):
+    torch.manual_seed(seed)
+    model, truth = nn.Linear(6, 3), torch.linspace(-1, 1, 18).view(3, 6)
+    def batches():
+        while True:
+            if fuse and seed == 1 and os.path.exists(fuse):
+                os.unlink(fuse)
+                os.kill(os.getpid(), signal.SIGKILL)
+            x = torch.randn(8, 6)
+            yield x, x @ truth.T + noise * torch.randn(8, 3)
+    def loss(model, rows):
+        return ((model(rows[0]) - rows[1]) ** 2).mean()
+    def score(model):
+        with torch.no_grad():
+            return ((model.weight - truth) ** 2).sum().item()
+    return Problem(model, loss, [Part(batches(), score)], steps=20, metric="squared error")
+
+def unstable(seed):
+    problem = make_task(seed)
+    whole = problem.loss
+    problem.loss = lambda model, rows: whole(model, rows) * (float("nan") if seed else 1.0)
+    return problem
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "my_task.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "my_task", None)
+    del sys.modules["my_task"]
+    return "my_task:make_task"
+
+
+OPTIONS = ["--optimizers", "adamw", "muon", "--seeds", "3", "--trials", "3", "--rest", "same"]
+
+
+def test_a_study_of_a_task_of_ones_own(
+    mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    asked = ["run", mine, *OPTIONS, "--out", str(out)]
+    assert command.main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "| adamw | " in shown and "squared error, lower is better, on validation data" in shown
+    assert f"python -m examples.compare {' '.join(asked)}" in shown
+    rows = read(out / LEDGER)
+    assert len(rows) == 2 * (3 + 3)
+    for name in ("report.html", "report.md", "summary.csv", "pictures/differences.svg"):
+        assert (out / name).stat().st_size > 0
+    before = (out / "report.html").read_bytes()
+    assert command.main(asked) == 0  # nothing is left to do
+    assert command.main(["report", str(out)]) == 0
+    assert read(out / LEDGER) == rows and (out / "report.html").read_bytes() == before
+    (found,) = tables(Study(Plan.load(out)), rows)
+    adamw, muon = found.lines
+    assert adamw.difference is None and muon.difference is not None
+    expected = [muon.test[s] - adamw.test[s] for s in range(3)]
+    assert muon.difference.mean == pytest.approx(np.mean(expected))
+    assert adamw.steps is not None and adamw.steps.mean <= 1 and adamw.missed == 0
+    assert [line.trials for line in found.lines] == [6, 6]
+    more = [*asked, "--seeds", "4"]
+    assert command.main(more) == 0 and len(read(out / LEDGER)) == 14
+
+
+def test_a_killed_process_is_told_of_and_its_trial_comes_again(
+    mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fuse, out = tmp_path / "fuse", tmp_path / "out"
+    fuse.touch()
+    asked = ["run", f"{mine}:fuse={fuse}", *OPTIONS, "--out", str(out), "--jobs", "2"]
+    assert command.main(asked) == 1
+    assert "was killed by signal 9; the same command tries again" in capsys.readouterr().err
+    assert len(read(out / LEDGER)) == 11
+    assert command.main([*asked, "--jobs", "1"]) == 0
+    assert len(read(out / LEDGER)) == 12
+
+
+def test_a_study_that_is_killed_goes_on(mine: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = ["run", mine, *OPTIONS, "--out", str(out)]
+    whole = [sys.executable, "-m", "examples.compare", *asked]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(whole, env=HERE, cwd=tmp_path, **silent)
+    while process.poll() is None and not (out / LEDGER).exists():
+        time.sleep(0.05)
+    while process.poll() is None and len(read(out / LEDGER)) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = read(out / LEDGER)
+    assert len(before) >= 2
+    assert command.main(asked) == 0
+    after = read(out / LEDGER)
+    assert len(after) == 12 and all(after[name] == row for name, row in before.items())
+    assert [len(set(after)), len(after)] == [12, 12]
+
+
+def test_what_diverges_is_told_and_the_study_goes_on(
+    mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = mine.replace("make_task", "unstable")
+    out = tmp_path / "out"
+    asked = ["run", task, *OPTIONS[:3], "--seeds", "1", "--lr", "adamw=0.1", "muon=0.1"]
+    assert command.main([*asked, "--rest", "same", "--out", str(out)]) == 0
+    (found,) = tables(Study(Plan.load(out)), read(out / LEDGER))
+    assert [line.diverged for line in found.lines] == [0, 0]
+    asked[asked.index("--seeds") + 1] = "2"
+    assert command.main([*asked, "--rest", "same", "--out", str(out)]) == 0
+    (found,) = tables(Study(Plan.load(out)), read(out / LEDGER))
+    assert [(line.diverged, [*line.test]) for line in found.lines] == [(1, [0]), (1, [0])]
+    capsys.readouterr()
+
+
+def test_drop_in_takes_the_rate_of_the_first(mine: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert command.main(["run", mine, *OPTIONS, "--drop-in", "--out", str(out)]) == 0
+    (found,) = tables(Study(Plan.load(out)), read(out / LEDGER))
+    assert found.lines[0].lr == found.lines[1].lr
+    assert [len(line.tried) for line in found.lines] == [3, 0]
+
+
+def test_choices_are_tuned_within_the_same_number_of_trials(mine: str) -> None:
+    plan = Plan([("t", mine, {})], ["adamw", "m3:weight=0|0.1"], seeds=1, trials=5)
+    study, rows = Study(plan), {}
+    while trials := study.following(rows):
+        for trial in trials:
+            weight = trial.settings.get("weight", 0)
+            score = bowl(trial.lr, 0.01) - 0.01 * weight
+            rows[trial.id()] = {"validate": score, "test": score}
+    adamw, m3 = study.entries
+    assert len(adamw.tuning) == len(m3.tuning) == 5
+    assert m3.settings["weight"] == 0.1 and m3.lr == 0.01
+    assert {t.seed for t in m3.tuning.values()} == {1000}
+    assert [t.seed for t in m3.reported.values()] == [0]
+
+
+def test_streams_are_tuned_on_their_beginning(tmp_path: Path) -> None:
+    plan = Plan([("t", "orthogonal", {"parts": 6})], ["adamw"], seeds=1, trials=3)
+    study = Study(plan)
+    assert {t.parts for t in study.following({})} == {3}
+    rows = {t.id(): {"validate": 1.0, "test": 1.0} for t in study.following({})}
+    assert [t.parts for t in study.following(rows)] == [None]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["run", "digit"], "no task is called 'digit': did you mean 'digits'"),
+        (["run", "nowhere:make"], "task 'nowhere:make': No module named 'nowhere'"),
+        (["run", "digits", "digits"], "task 'digits' is there twice"),
+        (["run", "digits", "--optimizers", "m4"], "no rule is called 'm4'"),
+        (["run", "digits", "--optimizers", "m3", "m3"], "--optimizers m3 m3: each once"),
+        (["run", "digits", "--seeds", "0"], "--seeds 0: at least 1"),
+        (["run", "digits", "--trials", "2"], "--trials 2: at least 3"),
+        (["run", "digits", "--lr", "adamw=-1"], "--lr adamw=-1: a learning rate is positive"),
+        (["run", "digits", "--lr", "0.1"], "--lr 0.1: NAME=RATE is asked for"),
+        (["run", "digits", "--lr", "adam=0.1"], "--lr adam=…: no such row"),
+        (["run", "digits", "--rest", "x"], "--rest x: a learning rate is positive"),
+        (["run", "digits", "--out", "{file}"], "is a file: give a folder"),
+        (
+            ["run", "digits", "--optimizers", "m3:weight=0|0.1|0.2", "--trials", "4"],
+            "m3:weight=0|0.1|0.2 has 3 choices: --trials 5 at least",
+        ),
+        (["report", "{file}"], "holds no study: study.json is missing"),
+    ],
+)
+def test_bad_options_are_explained(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = [x.format(file=tmp_path / "file") for x in options]
+    if given[0] == "run" and "--out" not in given:
+        given += ["--out", str(tmp_path / "out")]
+    assert command.main(given) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1 and shown.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_of_days_asks_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "estimate", lambda *x: 3.2 * 86400)
+    out = tmp_path / "out"
+    assert command.main(["run", "cancer", "--out", str(out)]) == 2
+    shown = capsys.readouterr().err
+    assert "36 trials, about 3.2 days" in shown and "--yes to begin" in shown
+    assert not out.exists()
+
+
+def test_a_second_study_of_the_same_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with Ledger(out / LEDGER):
+        assert command.main(["run", "cancer", "--seeds", "1", "--out", str(out)]) == 2
+    assert "belongs to another study that is running" in capsys.readouterr().err
+
+
+def test_the_list_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in TASKS) and "DeltaMomentum" in shown
+
+
+BROWSER = "chromium --headless --no-sandbox --disable-gpu --enable-logging=stderr".split()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser is installed")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_in_a_browser(mine: str, tmp_path: Path, width: int) -> None:
+    out = tmp_path / "out"
+    assert command.main(["run", mine, *OPTIONS, "--out", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert "<script" not in page and not re.search(r'(src|href)="(?!#|data:,)', page)
+    look = "<script>document.title = document.documentElement.scrollWidth + ' ' + innerWidth"
+    (out / "look.html").write_text(page.replace("</body>", f"{look}</script></body>"))
+    done = subprocess.run(
+        [*BROWSER, f"--window-size={width},900", "--dump-dom", f"file://{out / 'look.html'}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "CONSOLE" not in done.stderr
+    title = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
+    assert title is not None and int(title[1]) <= int(title[2])
+    assert done.stdout.count("<svg") == 4
