@@ -10,8 +10,8 @@ or, with a test of each property in pytest:
 ...     prove()
 
 Hypothesis looks for a shape, a stream of gradients, a schedule or a moment to resume at which the
-rule breaks a promise, and shows the smallest. Periods should be short, so that clocks tick within
-six steps. Needs hypothesis, and for the backends torch, or jax and optax.
+rule breaks a promise, and shows the smallest. Periods must be short, so that clocks tick within six
+steps. All is float64. Needs hypothesis, and for the backends torch, or jax and optax.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ ANY = [(), (5,), (2, 3, 2), (0,)]
 # Exactly zero, tiny, plain and huge: their squares and fourth powers are finite.
 SIZES = (0.0, 1e-15, 1e-3, 1.0, 1e15)
 PLAIN = SIZES[:4]
+MOST = 6  # gradients of a stream
 KINDS: dict[str, Callable[[Array], Array]] = {
     "dense": lambda g: g,
     "sparse": lambda g: g * (np.abs(g) > 1.0),
@@ -71,7 +72,7 @@ class Stream:
 
 
 def streams(
-    least: int = 1, most: int = 6, sizes: Sequence[float] = SIZES
+    least: int = 1, most: int = MOST, sizes: Sequence[float] = SIZES
 ) -> st.SearchStrategy[Stream]:
     """Streams of `least` to `most` gradients of the sizes, of all kinds."""
     return st.builds(
@@ -88,8 +89,10 @@ def shapes_of(rule: Rule) -> list[tuple[int, ...]]:
 
 
 def difference(a: Any, b: Any) -> float:
-    """Largest difference relative to the largest entry of b."""
+    """Largest difference relative to the largest entry of b; infinite where one is not finite."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return float("inf")
     return float(np.max(np.abs(a - b), initial=0.0) / max(np.max(np.abs(b), initial=0.0), 1e-30))
 
 
@@ -132,11 +135,19 @@ def checks(
     filling: memories with a clock that fill between its ticks, where most may not change.
     tolerance: between the backends and the oracle in float64, relative to the largest weight.
     examples: of hypothesis, for each promise; None for those of its profile.
-    Raises ValueError on an unknown name, and for a rule that needs more than gradients.
+    Raises ValueError on an unknown name, for a rule that needs more than gradients, and for a clock
+    that does not tick within a stream.
     """
     if rule.context((2, 2)):
         names = ", ".join(rule.context((2, 2)))
         raise ValueError(f"{rule!r} needs {names} beside gradients, which a stream does not have")
+    long = {k: n * rule.every for k, n in rule.clocks().items() if n * rule.every > MOST}
+    if long:
+        ticks = ", ".join(f"{k} every {n} steps" for k, n in long.items())
+        raise ValueError(
+            f"{rule!r}: {ticks}, and a stream has {MOST}: give it shorter periods, or what happens "
+            "at a tick is not seen"
+        )
     known = dict(ORACLE)
     for name in backends:
         if name not in get_args(Backend):

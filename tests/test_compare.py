@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from examples.compare import __main__ as command
-from examples.compare import contenders, registry, search, stats, workers
+from examples.compare import contenders, registry, report, search, stats, workers
 from examples.compare.contenders import contender
 from examples.compare.ledger import Ledger, read
 from examples.compare.problem import Part, Problem
 from examples.compare.steppers import factor, optimizers
 from examples.compare.study import LEDGER, Plan, Study
-from examples.compare.summary import tables
+from examples.compare.summary import overall, tables
 from examples.compare.tasks import TASKS
 from examples.compare.trial import Trial, run, stepper
 
@@ -60,6 +60,12 @@ def test_a_search_of_seven_trials_comes_near(best: float) -> None:
     found = search.best_rate(scores, "lower")
     assert found is not None and abs(math.log10(found / best)) < 0.3
     assert not search.at_edge(scores, "lower")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_search_has_as_many_trials(seed: int) -> None:
+    best = 10 ** np.random.default_rng(seed).uniform(-4, 1)
+    assert len(searched(best, 15)) == 15
 
 
 def test_rates_that_diverge_are_worse_than_all() -> None:
@@ -116,9 +122,11 @@ def test_targets_sensitivities_and_ranks() -> None:
     assert stats.reached(curve, 1.0, "lower", "step") == 30
     assert stats.reached(curve, 0.9, "lower", "step") is None
     assert stats.reached(curve, 2.5, "higher", "step") == 0
-    # Losses 0.5, 0 and 1 to the best: the last is no worse than the untrained model.
-    assert stats.sensitivity({0.1: 1.5, 1.0: 1.0, 10.0: None}, 2.0, "lower") == pytest.approx(0.5)
-    assert stats.sensitivity({0.1: 0.5, 1.0: 0.9}, 0.1, "higher") == pytest.approx(0.2)
+    # Half of the way to 1.5, and to what diverged: that is no worse than the untrained model.
+    tried: dict[float, float | None] = {0.1: 1.5, 1.0: 1.0, 10.0: None}
+    assert stats.sensitivity(tried, 2.0, "lower") == pytest.approx((0.25 + 0.5) / 2)
+    assert math.isnan(stats.sensitivity({0.1: 0.5, 1.0: 0.9}, 0.1, "higher"))
+    assert math.isnan(stats.sensitivity({0.1: None, 1.0: None}, 0.1, "lower"))
     assert stats.ranks({"a": 2.0, "b": 1.0, "c": 2.0, "d": math.nan}, "lower") == {
         **{"a": 2.5, "b": 1.0, "c": 2.5, "d": 4.0}
     }
@@ -172,6 +180,29 @@ with Ledger(Path(sys.argv[1])) as ledger:
         ledger.write(f"{i}", {}, {"text": "x" * 1000})
         print(i, flush=True)
 """
+
+
+HOT = """
+import os, signal, sqlite3, sys
+base = sqlite3.connect(sys.argv[1], isolation_level=None)
+base.execute("PRAGMA cache_size = 1")
+base.execute("BEGIN")
+for i in range(500):
+    base.execute("INSERT INTO trials VALUES (?, '{}', ?)", (f"half {i}", "x" * 1000))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_row_that_was_half_written_is_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / LEDGER
+    with Ledger(path) as ledger:
+        ledger.write("whole", {}, {"test": 1.0})
+    subprocess.run([sys.executable, "-c", HOT, str(path)], env=HERE)
+    assert path.with_name(f"{LEDGER}-journal").stat().st_size > 0  # what has to be rolled back
+    assert [*read(path)] == ["whole"]
+    subprocess.run([sys.executable, "-c", HOT, str(path)], env=HERE)
+    with Ledger(path) as ledger:
+        assert [*ledger.results()] == ["whole"]
 
 
 def test_a_killed_process_leaves_whole_rows_and_no_lock(tmp_path: Path) -> None:
@@ -337,7 +368,7 @@ def test_a_trial_learns_and_tells() -> None:
     told: list[tuple[int, float | None]] = []
     trial = Trial("line", {}, "adamw", {}, 0.03, 0, points=4)
     found = run(trial, make_line(0), lambda *x: told.append(x))
-    assert found["status"] == "finished" and found["steps"] == 40 and not found["tested"]
+    assert found["status"] == "finished" and found["steps"] == 40
     curve = found["curve"]
     assert [p["step"] for p in curve] == [s for s, _ in told] == [0, 10, 20, 30, 40]
     assert [p["validate"] for p in curve] == [s for _, s in told]
@@ -360,6 +391,16 @@ def test_a_trial_in_jax_is_that_in_torch(name: str) -> None:
     np.testing.assert_allclose(*curves, rtol=5e-3)
 
 
+def test_a_gradient_that_is_no_number_ends_a_trial() -> None:
+    problem = make_line(0)
+    whole = problem.loss
+    # Finite itself: a root at zero has no slope.
+    problem.loss = lambda model, rows: whole(model, rows) + (model["w"] * 0.0).abs().sqrt().sum()
+    found = run(Trial("line", {}, "adamw", {}, 0.03, 0), problem)
+    assert (found["status"], found["diverged_at"]) == ("diverged", 1)
+    assert torch.isfinite(problem.model["w"]).all()
+
+
 def test_a_loss_that_is_no_number_ends_a_trial() -> None:
     found = run(Trial("line", {}, "adamw", {}, 0.03, 0), make_line(0, nan=7))
     assert (found["status"], found["diverged_at"], found["steps"]) == ("diverged", 8, 8)
@@ -372,7 +413,7 @@ def test_parts_come_one_after_another() -> None:
     assert found["steps"] == found["total"] == 20 and found["parts"] == ["1", "2"]
     assert [len(row) for row in found["matrix"]["test"]] == [2, 2]
     assert found["test"] == pytest.approx(np.mean(found["matrix"]["test"][-1]))
-    assert "first" in found["curve"][-1] and not found["tested"]
+    assert "first" in found["curve"][-1]
 
 
 @pytest.mark.parametrize(
@@ -409,6 +450,12 @@ def test_every_task_starts_alike_for_a_seed(name: str) -> None:
         ("digits", {"widht": 3}, "task digits has no option 'widht': did you mean 'width'"),
         ("digits", {"width": "x"}, "width='x': a whole number"),
         ("digits", {"batch": 9999}, "batch=9999: from 1 to the 1257 rows"),
+        ("digits", {"width": -3}, "width=-3: at least 1"),
+        ("orthogonal", {"parts": 70}, "size=64: at least 70"),
+        ("regression", {"condition": 0.0}, "condition=0.0: at least 1"),
+        ("factorisation", {"size": 8}, "size=8: at least 16"),
+        ("bytes", {"heads": 5}, "width=96: a multiple of heads=5"),
+        ("bytes", {"device": "cuda"}, "device='cuda': torch finds no GPU here"),
         ("digits", {"backend": "tf"}, "backend='tf': 'torch' or 'jax'"),
         ("examples.compare.stats", {}, "module:function is asked for"),
         ("examples.compare.stats:rank", {}, "has no function 'rank': did you mean 'ranks'"),
@@ -480,6 +527,14 @@ def make_task(seed, noise=0.1, fuse=""):
         with torch.no_grad():
             return ((model.weight - truth) ** 2).sum().item()
     return Problem(model, loss, [Part(batches(), score)], steps=20, metric="squared error")
+
+def careless(seed):
+    problem = make_task(seed)
+    problem.model.weight.data += torch.seed() % 999
+    return problem
+
+def broken(seed):
+    return make_task(1 / 0)
 
 def unstable(seed):
     problem = make_task(seed)
@@ -579,6 +634,74 @@ def test_what_diverges_is_told_and_the_study_goes_on(
     capsys.readouterr()
 
 
+def planted(mine: str, scores: dict[str, list[float | None]], **more: Any) -> Any:
+    """The table of a study whose reported seeds have these scores."""
+    count = max(map(len, scores.values()))
+    plan = Plan([("t", mine, {})], [*scores], seeds=count, lr=dict.fromkeys(scores, 0.1), **more)
+    study, rows = Study(plan), {}
+    for trial in study.following({}):
+        if trial.seed >= len(scores[trial.optimizer]):
+            continue
+        score = scores[trial.optimizer][trial.seed]
+        way = [10.0, 4.0, 4.0 if score is None else score]
+        rows[trial.id()] = {
+            **{"status": "diverged" if score is None else "finished", "test": score},
+            **{"validate": score, "matrix": None, "parts": ["1"], "record": {}, "software": {}},
+            **{"seconds": 2.0, "steps": 2, "optimizer_seconds": 1.0, "peak_bytes": None},
+            **{"state_bytes": 8, "parameter_bytes": 4},
+            "curve": [
+                {"step": i, "seconds": i / 2, "validate": x, "loss": x} for i, x in enumerate(way)
+            ],
+        }
+    (found,) = tables(study, rows)
+    return found
+
+
+def test_what_diverged_is_no_winner(mine: str) -> None:
+    found = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5, 0.5, None], "m3": [3.0] * 3})
+    assert {x.label: x.rank for x in found.lines} == {"adamw": 1.0, "m3": 2.0, "muon": 3.0}
+    assert {k: v[1:] for k, v in overall([found]).items()} == {
+        **{"adamw": (0, 0, 1), "muon": (0, 1, 0), "m3": (0, 1, 0)}
+    }
+    page = report.markdown(Plan([("t", mine, {})], ["adamw"]), [found])
+    assert "0.5000 [0.5000, 0.5000], 2 of 3 seeds" in page
+    unfinished = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5]})
+    assert [str(x.rank) for x in unfinished.lines] == ["1.0", "nan"]
+
+
+def test_a_reference_is_as_fast_as_itself_and_another_can_be_chosen(mine: str) -> None:
+    scores: dict[str, Any] = {"adamw": [2.0, 2.1, 2.2], "muon": [4.0, 4.0, 4.0]}
+    adamw, muon = planted(mine, scores).lines
+    assert (adamw.steps.mean, adamw.missed, muon.steps, muon.missed) == (1.0, 0, None, 3)
+    adamw, muon = planted(mine, scores, reference="muon").lines
+    assert muon.difference is None and adamw.difference.mean == pytest.approx(-1.9)
+    assert (adamw.steps.mean, adamw.seconds.mean) == pytest.approx((1.0, 1.0))
+    with pytest.raises(ValueError, match="--reference lion: one of adamw, muon"):
+        Plan([("t", mine, {})], ["adamw", "muon"], reference="lion")
+
+
+def test_an_edited_task_is_another_task(mine: str, tmp_path: Path) -> None:
+    plan = Plan([("t", mine, {})], ["adamw"], seeds=1, trials=3)
+    before = {t.id() for t in Study(plan).following({})}
+    assert before == {t.id() for t in Study(plan).following({})}
+    path = tmp_path / "my_task.py"
+    path.write_text(path.read_text() + "# edited\n")
+    assert not before & {t.id() for t in Study(plan).following({})}
+    own = Plan([("t", "cancer", {})], ["adamw"], seeds=1, trials=3)
+    assert {t.code for t in Study(own).following({})} == {""}
+
+
+def test_a_task_must_follow_from_its_seed(mine: str) -> None:
+    with pytest.raises(ValueError, match="weights and data must follow from the seed"):
+        Study(Plan([("t", mine.replace("make_task", "careless"), {})], ["adamw"]))
+
+
+def test_one_weight_decay_for_all() -> None:
+    found = [contender(x, "torch", 0.3) for x in ("m3", "torch.adamw", "adamw:weight_decay=0.2")]
+    assert [x.settings["weight_decay"] for x in found] == [0.3, 0.3, 0.2]
+    assert "weight_decay" not in contender("torch.optim.Rprop", "torch", 0.3).settings
+
+
 def test_drop_in_takes_the_rate_of_the_first(mine: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert command.main(["run", mine, *OPTIONS, "--drop-in", "--out", str(out)]) == 0
@@ -630,6 +753,8 @@ def test_streams_are_tuned_on_their_beginning(tmp_path: Path) -> None:
             "m3:weight=0|0.1|0.2 has 3 choices: --trials 5 at least",
         ),
         (["report", "{file}"], "holds no study: study.json is missing"),
+        (["run", "digits", "--reference", "lion"], "--reference lion: one of adamw, muon, m3"),
+        (["run", "digits", "--drop-in", "--trials", "1"], "--trials 1: at least 3"),
     ],
 )
 def test_bad_options_are_explained(

@@ -108,6 +108,14 @@ class Early(Mine):
         return m, {**new, "old": m}
 
 
+class Late(Mine):
+    """Breaks at the tick of its clock alone."""
+
+    def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+        m, new = super().update(w, g, s, t)
+        return t.when("slow", m + 1000.0 * w, m), new
+
+
 class Vain(Mine):
     def symmetries(self):
         return frozenset({"degree 0"})
@@ -118,6 +126,7 @@ BROKEN = {
     Restless: "zero gradients never move",
     Divides: "weights and memories stay finite",
     Early: CLOCKS,
+    Late: "zero gradients never move",
     Vain: "declared symmetries hold",
 }
 
@@ -146,6 +155,8 @@ def test_what_cannot_be_asked_is_explained():
         checks(Mine(), leave_out=["it descends"])
     with pytest.raises(ValueError, match=r"DGD\(.* needs gram beside gradients"):
         checks(rules.DGD())
+    with pytest.raises(ValueError, match=r"slow_1 every 16 steps, and a stream has 6"):
+        checks(rules.M3())
     with pytest.raises(ValueError, match=r"backends=\('numpy',\): among"):
         checks(Mine(), backends=("numpy",))  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match=r"filling \['x'\]: memories are m, old"):

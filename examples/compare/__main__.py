@@ -7,9 +7,11 @@ nothing that is finished.
 
 import argparse
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,13 @@ from examples.settings import row
 DEFAULT = ["adamw", "muon", "m3"]
 
 
+# XLA takes all cores unless it is told not to; trials run side by side.
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 1 if trials failed, 2 for bad input."""
+    os.environ.setdefault("XLA_FLAGS", ONE_THREAD)
     given = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(given)
     try:
@@ -31,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(listing())
             return 0
         if args.command == "report":
-            return reported(args.folder)
+            return reported(args.folder, args.reference)
         return ran(args, given)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,7 +74,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="tune the first optimizer only; the others take its rate",
     )
+    r.add_argument("--reference", metavar="NAME", help="to compare with (default: the first)")
     r.add_argument("--steps", type=int, help="of the optimizer, on each part of a stream")
+    r.add_argument("--weight-decay", type=float, help="of all that have one and do not say theirs")
     r.add_argument(
         *("--rest",),
         help="rate of the AdamW that steps all but hidden matrices; 'same': the optimizer itself",
@@ -77,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     r.add_argument("--yes", action="store_true", help="begin even if it may take over an hour")
     w = commands.add_parser("report", help="write the report of a study again")
     w.add_argument("folder", type=Path)
+    w.add_argument("--reference", metavar="NAME", help="to compare with, this once")
     commands.add_parser("list", help="tasks and optimizers")
     return p
 
@@ -111,9 +121,10 @@ def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
     return 1 if done.errors else status
 
 
-def reported(folder: Path) -> int:
+def reported(folder: Path, reference: str | None = None) -> int:
     """Write the report of the study in a folder, and show its text."""
     plan = Plan.load(folder)
+    plan = replace(plan, reference=reference) if reference else plan
     found = tables(Study(plan), read(folder / LEDGER))
     if not found:
         print("nothing to report yet", file=sys.stderr)
@@ -130,7 +141,8 @@ def plan_of(args: argparse.Namespace, command: str) -> Plan:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} {value}: at least 1")
-    if args.trials < 3 and not args.drop_in and len(args.lr) < len(args.optimizers):
+    tuned = args.optimizers[:1] if args.drop_in else args.optimizers
+    if args.trials < 3 and not {*tuned} <= {text.rpartition("=")[0] for text in args.lr}:
         raise ValueError(f"--trials {args.trials}: at least 3, a rate and its neighbours")
     labels = [_task(text) for text in args.tasks]
     twice = [label for i, (label, *_) in enumerate(labels) if label in [x[0] for x in labels[:i]]]
@@ -148,7 +160,8 @@ def plan_of(args: argparse.Namespace, command: str) -> Plan:
     return Plan(
         **{"tasks": labels, "optimizers": args.optimizers, "seeds": args.seeds},
         **{"trials": args.trials, "lr": rates, "drop_in": args.drop_in, "steps": args.steps},
-        **{"rest": rest, "command": command},
+        weight_decay=args.weight_decay,
+        **{"rest": rest, "command": command, "reference": args.reference or ""},
     )
 
 

@@ -65,8 +65,10 @@ class Contender:
         return lambda parameters: target(parameters, **{name: lr}, **settings)
 
 
-def contender(text: str, backend: Backend) -> Contender:
+def contender(text: str, backend: Backend, decay: float | None = None) -> Contender:
     """The contender that a user names, `m3`, `m3:momentum=0.95`, `m3:weight=0|0.1`, `optax.lion`.
+
+    decay: the weight decay of one that has such a setting and does not say its own.
 
     Raises ValueError on an unknown name or setting, with the nearest ones, ImportError where a
     package is missing.
@@ -85,6 +87,8 @@ def contender(text: str, backend: Backend) -> Contender:
             raise ValueError(f"no rule is called {name!r}: {nearest(key, [*RULES, *ORIGINALS])}")
         kind = RULES[key]
         known = {f.name: f.default for f in fields(kind)}
+        if decay is not None and "weight_decay" not in (*settings, *choices):
+            settings["weight_decay"] = decay
         found = Contender(text, key, "rule", float(cast(Any, known["lr"])), settings, choices)
         for setting in (*settings, *choices):
             if setting not in known or setting == "lr":
@@ -107,6 +111,8 @@ def contender(text: str, backend: Backend) -> Contender:
         if setting in parameters:
             for value in values:
                 _check(setting, value, parameters[setting].default)
+    if decay is not None and "weight_decay" in {*parameters} - {*settings, *choices}:
+        settings["weight_decay"] = decay
     start = parameters[rate].default if rate in parameters else USUAL
     lr = float(start) if isinstance(start, int | float) and 0 < start < math.inf else USUAL
     return Contender(text, path, "torch" if of_torch else "optax", lr, settings, choices)

@@ -109,7 +109,8 @@ def differences(found: Sequence[Table], looks: Mapping[str, Mapping[str, Any]]) 
     rows = [(t, line) for t in found for line in t.lines if line.difference is not None]
     figure, ax = plt.subplots(figsize=(6.4, 0.8 + 0.28 * max(1, len(rows))))
     for place, (table, line) in enumerate(rows):
-        scale = abs(table.lines[0].mean.mean) or 1.0
+        own = next(x for x in table.lines if x.difference is None)
+        scale = abs(own.mean.mean) or 1.0
         assert line.difference is not None
         d = line.difference
         sign = 1 if table.better == "lower" else -1
@@ -120,7 +121,7 @@ def differences(found: Sequence[Table], looks: Mapping[str, Mapping[str, Any]]) 
     ax.axvline(0, color="#1f2430", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [f"{short(t.task)}: {short(line.label)}" for t, line in rows])
     ax.invert_yaxis()
-    first = found[0].lines[0].label if found else ""
+    first = next((x.label for t in found for x in t.lines if x.difference is None), "")
     ax.set(xlabel=f"difference to {first}, % of its score (left is better)")
     ax.set_title("Paired differences, 95 % intervals")
     return figure

@@ -21,7 +21,8 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._check()
+        if path.exists():
+            read(path)
         # Without transactions of its own making; the lock is that of a second, empty database, so
         # that a report may read while a study runs.
         self._lock = sqlite3.connect(path.with_suffix(".lock"), timeout=0, isolation_level=None)
@@ -60,17 +61,14 @@ class Ledger:
         """All results by id."""
         return _rows(self._base)
 
-    def _check(self) -> None:
-        if self.path.exists():
-            read(self.path)
-
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """The results of a ledger; ValueError where it is none, or one of another version."""
     if not path.exists():
         raise FileNotFoundError(f"no study has been run in {str(path.parent)!r}")
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as base:
+        # Not read-only: what a killed process left half written has to be rolled back.
+        with closing(sqlite3.connect(path, isolation_level=None)) as base:
             (version,) = base.execute("PRAGMA user_version").fetchone()
             if version not in (0, VERSION):
                 raise ValueError(
@@ -80,7 +78,9 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
             tables = base.execute("SELECT name FROM sqlite_master WHERE name = 'trials'").fetchall()
             return _rows(base) if tables else {}
     except sqlite3.DatabaseError as error:
-        raise ValueError(f"{str(path)!r} is no ledger: {error}") from error
+        if error.sqlite_errorcode == sqlite3.SQLITE_NOTADB:
+            raise ValueError(f"{str(path)!r} is no ledger: {error}") from error
+        raise OSError(f"{str(path)!r} cannot be read: {error}") from error
 
 
 def _rows(base: sqlite3.Connection) -> dict[str, dict[str, Any]]:

@@ -2,10 +2,16 @@
 
 import inspect
 import os
+import random
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
+import torch
 
 from examples.compare.problem import Problem
 from examples.settings import check, nearest
@@ -58,7 +64,19 @@ def make_problem(name: str, options: Mapping[str, Any], seed: int) -> Problem:
         default = parameters[key].default
         if default is not inspect.Parameter.empty and default is not None:
             check(key, value, default)
-    found = made(seed=seed, **given)
+    # For tasks that draw from the global generators.
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        found = made(seed=seed, **given)
+    except (OSError, ValueError, ImportError):  # in words for users
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        text = f"task {name} {dict(options) or ''}: {type(error).__name__} {error} ({where})"
+        raise ValueError(text) from error
     if not isinstance(found, Problem):
         raise ValueError(f"task {name!r} gave {type(found).__name__}: a Problem is asked for")
     return found

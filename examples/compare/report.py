@@ -19,11 +19,11 @@ COLUMNS = (
     ("optimizer", "as it was asked for"),
     ("lr", "learning rate, and choices, found by tuning; * at the edge of what was tried"),
     ("score", "mean over seeds on test data, 95 % interval"),
-    ("difference", "to the first row, in pairs of seeds; bold where its interval leaves out 0"),
-    ("rank", "by mean score"),
-    ("steps to target", "of the first row's steps to its own final validation score"),
+    ("difference", "to the reference, in pairs of seeds; bold where its interval leaves out 0"),
+    ("rank", "by mean score; one that diverged on a seed comes after those that did not"),
+    ("steps to target", "to the reference's final validation score, to what it took it itself"),
     ("time to target", "the same in seconds of training"),
-    ("sensitivity", "mean loss over the rates tried, to the best of them"),
+    ("sensitivity", "what is lost, in the mean, at the best rate ÷ √10 and × √10"),
     ("ms/step", "all of a step, and the optimizer's part"),
     ("state", "bytes that the optimizer keeps per byte of parameters"),
     ("diverged", "of the seeds"),
@@ -53,10 +53,11 @@ def cells(table: Table, line: Line) -> list[str]:
     choices = "".join(f", {k}={v}" for k, v in line.settings.items())
     lr = "–" if line.lr is None else f"{line.lr:g}{'*' if line.edge else ''}{choices}"
     d = line.difference
+    some = f", {len(line.test)} of {line.seeds} seeds" if len(line.test) < line.seeds else ""
     return [
-        *(line.label, lr, _words(line.mean)),
+        *(line.label, lr, _words(line.mean) + some),
         "–" if d is None else f"**{_words(d)}**" if d.apart else _words(d),
-        f"{line.rank:g}",
+        "–" if math.isnan(line.rank) else f"{line.rank:g}",
         _share(line.steps, line),
         _share(line.seconds, line),
         "–" if math.isnan(line.sensitivity) else figure(line.sensitivity),
@@ -111,7 +112,7 @@ OVERALL = ("optimizer", "mean rank", "better", "worse", "not told apart")
 
 def _overall(found: Sequence[Table]) -> list[list[str]]:
     summary = overall(found)
-    first = next(iter(summary))
+    first = next(x.label for x in found[0].lines if x.difference is None)
     return [
         [name, f"{rank:.2f}", *(("–",) * 3 if name == first else map(str, counts))]
         for name, (rank, *counts) in summary.items()
@@ -137,7 +138,7 @@ def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
     rest = "" if plan.rest is None else f", the rest at {plan.rest}"
     tuned = "the tuned rate of the first for all" if plan.drop_in else f"{plan.trials} tuning runs"
     lines = [
-        f"command: `{plan.command}`",
+        f"command: `{plan.command}`; differences and targets are those of {plan.reference}",
         f"{tuned}, {plan.seeds} seeds; the seed decides weights and data for all alike{rest}",
         f"hardware: {processor()}, one thread a trial, other trials beside it",
     ]
@@ -145,6 +146,8 @@ def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
         lines += [f"{table.task}: {table.about}; data {x}" for x in table.records]
         if len(table.records) > 1:
             lines.append(f"{table.task}: THE DATA DIFFER between rows, which do not compare")
+        if len(table.software) > 1:
+            lines.append(f"{table.task}: rows come from {len(table.software)} sets of versions")
     lines += sorted({f"software: {x}" for table in found for x in table.software})
     return lines
 

@@ -1,7 +1,8 @@
 """Which learning rate to try next: a grid of factors √10 that grows, then halves its gaps."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 STEP = math.sqrt(10)
 
@@ -11,21 +12,35 @@ def following(start: float, tried: Mapping[float, float | None], better: str) ->
 
     At first `start` and its neighbours. Then one beyond the edge while the best lies there, and
     else the middle, in logarithms, between the best and the better of its neighbours. What comes
-    next depends on the scores alone, so that a study begun again takes the same way.
+    next depends on the scores alone, so that a study begun again takes the same way, and there is
+    always a next one, so that all contenders have as many trials.
     """
     if not tried:
         return [rounded(start / STEP), rounded(start), rounded(start * STEP)]
+    return [next(rate for rate in _wished(tried, better) if rate not in tried)]
+
+
+def _wished(tried: Mapping[float, float | None], better: str) -> Iterator[float]:
     rates, best = sorted(tried), best_rate(tried, better)
     if best is None:  # all diverged
-        return [rounded(rates[0] / 10)]
-    place = rates.index(best)
-    if place == 0:
-        return [rounded(best / STEP)]
-    if place == len(rates) - 1:
-        return [rounded(best * STEP)]
-    left, right = rates[place - 1], rates[place + 1]
-    side = best_rate({left: tried[left], right: tried[right]}, better) or left
-    return [rounded(math.sqrt(best * side))]
+        yield rounded(rates[0] / 10)
+    elif best == rates[0]:
+        yield rounded(best / STEP)
+    elif best == rates[-1]:
+        yield rounded(best * STEP)
+    else:
+        place = rates.index(best)
+        sides = [rates[place - 1], rates[place + 1]]
+        first = best_rate({rate: tried[rate] for rate in sides}, better)
+        for side in sorted(sides, key=lambda rate: rate != first):
+            yield rounded(math.sqrt(best * side))
+    for low, high in sorted(pairwise(rates), key=lambda gap: gap[0] / gap[1]):
+        yield rounded(math.sqrt(low * high))
+    factor = STEP
+    while True:
+        yield rounded(rates[0] / factor)
+        yield rounded(rates[-1] * factor)
+        factor *= STEP
 
 
 def best_rate(tried: Mapping[float, float | None], better: str) -> float | None:

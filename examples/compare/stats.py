@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from examples.compare.search import STEP, best_rate
 from examples.hope.tasks.metrics import mean_interval
 
 RESAMPLES = 10_000
@@ -97,14 +98,22 @@ def reached(
 
 
 def sensitivity(tried: Mapping[float, float | None], start: float, better: str) -> float:
-    """The mean loss of score over the rates tried, to the best (after Wortsman et al. 2023).
+    """What is lost, in the mean, by a rate √10 below the best and one √10 above it.
 
-    A rate that diverged counts as the untrained model, `start`, as does one that is worse.
+    Scores between the rates tried are interpolated in the logarithm of the rate. One that diverged
+    counts as the untrained model, `start`, as does one that is worse. NaN where the best lies at
+    the edge of what was tried, so that one of the two is not known.
     """
+    best = best_rate(tried, better)
+    rates = sorted(tried)
+    if best is None or not rates[0] < best < rates[-1]:
+        return math.nan
     sign = 1.0 if better == "lower" else -1.0
-    losses = [sign * (start if score is None else score) for score in tried.values()]
-    capped = [min(loss, sign * start) for loss in losses]
-    return math.fsum(capped) / len(capped) - min(capped)
+    scores = [tried[rate] for rate in rates]
+    losses = [min(sign * (start if s is None else s), sign * start) for s in scores]
+    at = np.log([best / STEP, best, best * STEP])
+    low, own, high = np.interp(at, np.log(rates), losses)
+    return float((low + high) / 2 - own)
 
 
 def ranks(scores: Mapping[str, float], better: str) -> dict[str, float]:

@@ -1,7 +1,10 @@
 """A study: tasks × contenders, each tuned with as many trials, then seeds to report."""
 
+import hashlib
 import json
+import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,8 +14,8 @@ from typing import Any
 import torch
 
 from deepopt import replacing
-from examples.compare import search
-from examples.compare.contenders import Contender, contender
+from examples.compare import registry, search
+from examples.compare.contenders import Contender, contender, imported
 from examples.compare.ledger import Ledger
 from examples.compare.registry import make_problem
 from examples.compare.trial import Trial, run, stepper
@@ -31,11 +34,13 @@ PLAN = "study.json"
 class Plan:
     """What is asked for.
 
-    tasks: (label, name, options). optimizers: as users name them; the first is the reference.
+    tasks: (label, name, options). optimizers: as users name them. reference: the one that others
+        are compared with, the first where it is not said.
     trials: of every optimizer on every task, to find its learning rate and its choices.
     lr: rates that are given instead, by label. drop_in: the others take the tuned rate of the
         first, and tune nothing.
     steps, rest: in place of those of the tasks. rest "same": the optimizer steps everything.
+    weight_decay: of all optimizers that have such a setting and do not say their own.
     """
 
     tasks: Sequence[tuple[str, str, Mapping[str, Any]]]
@@ -44,9 +49,17 @@ class Plan:
     trials: int = 7
     lr: Mapping[str, float] = field(default_factory=dict[str, float])
     drop_in: bool = False
+    reference: str = ""
     steps: int | None = None
     rest: float | str | None = None
+    weight_decay: float | None = None
     command: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.reference:
+            object.__setattr__(self, "reference", self.optimizers[0])
+        if self.reference not in self.optimizers:
+            raise ValueError(f"--reference {self.reference}: one of {', '.join(self.optimizers)}")
 
     def save(self, folder: Path) -> None:
         """As JSON, for the report."""
@@ -78,6 +91,24 @@ class Entry:
 Rows = dict[str, dict[str, Any]]
 
 
+def digest(task: str, one: Contender) -> str:
+    """Of the files of one's own that make a task and an optimizer, "" if there is none.
+
+    So that a task that was edited is another task, whose trials are done anew.
+    """
+    made = [registry.maker(task), *([] if one.kind == "rule" else [imported(one.name)])]
+    files = {sys.modules[x.__module__].__file__ or "" for x in made}
+    paths = sorted(x for x in files if x and not _installed(x))
+    if not paths:
+        return ""
+    return hashlib.sha256(b"".join(Path(x).read_bytes() for x in paths)).hexdigest()[:12]
+
+
+def _installed(file: str) -> bool:
+    here = Path(registry.__file__).parent
+    return here in Path(file).parents or "site-packages" in Path(file).parts
+
+
 class Study:
     """What there is to do, given what has been done: the same for the same ledger."""
 
@@ -90,7 +121,7 @@ class Study:
         }
         self.options = {label: (name, options) for label, name, options in plan.tasks}
         self.entries = [
-            Entry(label, contender(text, problem.backend))
+            Entry(label, contender(text, problem.backend, plan.weight_decay))
             for label, problem in self.problems.items()
             for text in plan.optimizers
         ]
@@ -99,13 +130,22 @@ class Study:
             raise ValueError(f"--lr {unknown[0]}=…: no such row; there are {plan.optimizers}")
         for entry in self.entries:
             count = len(entry.contender.variants())
-            if count > 1 and (plan.drop_in or plan.trials < count + 2):
+            label = entry.contender.label
+            if count > 1 and (plan.drop_in or label in plan.lr or plan.trials < count + 2):
                 raise ValueError(
-                    f"{entry.contender.label} has {count} choices: --trials {count + 2} at least, "
-                    "of which three are for the learning rate, and no --drop-in"
+                    f"{label} has {count} choices: --trials {count + 2} at least, of which three "
+                    "are for the learning rate, and neither --drop-in nor a rate in --lr"
                 )
             # It says now whether the optimizer can step the model at all.
             stepper(self.problems[entry.task], self.trial(entry, entry.contender.lr, {}, 0))
+        for label, (name, options) in self.options.items():
+            one, two = (make_problem(name, options, TUNING_SEED) for _ in range(2))
+            scores = [p.parts[0].validate(p.model) for p in (one, two)]
+            if scores[0] != scores[1] and not math.isnan(scores[0]):
+                raise ValueError(
+                    f"task {label}: two models of one seed have the scores {scores[0]} and "
+                    f"{scores[1]}; weights and data must follow from the seed"
+                )
 
     def trial(
         self, entry: Entry, lr: float, settings: Mapping[str, Any], seed: int, tuning: bool = False
@@ -116,6 +156,7 @@ class Study:
             **{"task": name, "options": options, "optimizer": entry.contender.label, "lr": lr},
             **{"settings": settings or entry.contender.variants()[0], "seed": seed},
             **{"steps": self.plan.steps, "rest": self.plan.rest},
+            code=digest(name, entry.contender),
             parts=min(TUNING_PARTS, parts - 1) if tuning and parts > 1 else None,
         )
 
@@ -144,9 +185,6 @@ class Study:
             tried: dict[float, float | None] = {}
             while len(tried) < budget:
                 rates = search.following(one.lr, tried, better)[: budget - len(tried)]
-                rates = [rate for rate in rates if rate not in tried]
-                if not rates:
-                    break
                 asked = [self.trial(entry, r, settings, TUNING_SEED, True) for r in rates]
                 entry.tuning |= {t.id(): t for t in asked}
                 missing = [t for t in asked if t.id() not in rows]

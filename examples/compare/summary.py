@@ -18,9 +18,9 @@ Curve = list[Mapping[str, Any]]
 class Line:
     """A contender on a task.
 
-    test: of each seed. difference: to the first contender, in pairs. steps, seconds: to the first
-    contender's validation score at its end, seed by seed, as a share of what it took itself, of
-    the seeds that got there; `missed` did not. sensitivity: see `stats.sensitivity`. tried: rates
+    test: of each seed. difference: to the reference, in pairs. steps, seconds: to the reference's
+    validation score at its end, seed by seed, to what it took itself to be as good first, of the
+    seeds that got there; `missed` did not. sensitivity: see `stats.sensitivity`. tried: rates
     and their scores.
     """
 
@@ -32,6 +32,7 @@ class Line:
     mean: Interval
     difference: Interval | None
     rank: float
+    seeds: int  # asked for; `diverged` of them have no score
     diverged: int
     steps: Interval | None
     seconds: Interval | None
@@ -78,8 +79,9 @@ def tables(study: Study, rows: Rows) -> list[Table]:
 
 def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Table:
     problem = study.problems[label]
-    better, first = problem.better, entries[0]
+    better, seeds = problem.better, study.plan.seeds
     done = {e.contender.label: _reported(e, rows) for e in entries}
+    first = next(e for e in entries if e.contender.label == study.plan.reference)
     own = done[first.contender.label]
     ends = [r["validate"] for r in own.values() if r["validate"] is not None]
     target = statistics.fmean(ends) if ends and len(problem.parts) == 1 else None
@@ -93,7 +95,9 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
         whole = {} if len(problem.parts) > 1 else found
         steps, missed = _reached(whole, own, better, "step")
         seconds, _ = _reached(whole, own, better, "seconds")
-        tried = {t.lr: rows[i]["validate"] for i, t in entry.tuning.items() if i in rows}
+        plain = entry.contender.variants()[0]
+        tuned = {t.lr: i for i, t in entry.tuning.items() if t.settings == plain and i in rows}
+        tried = {lr: rows[i]["validate"] for lr, i in tuned.items()}
         start = next((rows[i]["curve"][0]["validate"] for i in entry.tuning if i in rows), math.nan)
         good = [r for r in found.values() if r["status"] == "finished"]
         matrices = [r["matrix"]["test"] for r in good if r["matrix"]]
@@ -107,14 +111,16 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
                 mean=stats.interval([*test.values()]),
                 difference=None if entry is first else stats.paired(test, reference),
                 rank=math.nan,
-                diverged=sum(r["status"] == "diverged" for r in found.values())
-                + (len(range(study.plan.seeds)) if entry.lr is None and entry.edge else 0),
+                seeds=seeds,
+                diverged=seeds
+                if entry.lr is None and entry.edge  # at all rates, so that none was chosen
+                else sum(r["status"] == "diverged" for r in found.values()),
                 steps=steps,
                 seconds=seconds,
                 missed=missed,
                 sensitivity=stats.sensitivity(tried, start, better) if tried else math.nan,
                 tried=dict(sorted(tried.items())),
-                curves=[r["curve"] for r in found.values()],
+                curves=[r["curve"] for r in good],
                 matrix=_mean_matrix(matrices),
                 stream=_stream(matrices, better),
                 step_ms=_mean([1e3 * r["seconds"] / max(1, r["steps"]) for r in good]),
@@ -123,19 +129,22 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
                 ),
                 state=_mean([r["state_bytes"] / r["parameter_bytes"] for r in good]),
                 peak=_mean([r["peak_bytes"] / 1e6 for r in good if r["peak_bytes"]]) or None,
-                trials=len(tried) + len(found),
+                trials=sum(i in rows for i in entry.tuning) + len(found),
             )
         )
-    ranked = stats.ranks({x.label: x.mean.mean for x in lines}, better)
+    # One that diverged on a seed comes after all that did not, however good the others are.
+    whole = {x.label: x.mean.mean if len(x.test) == seeds else math.nan for x in lines}
+    ranked = stats.ranks(whole, better)
     for line in lines:
-        line.rank = ranked[line.label]
-    every = [r for found in done.values() for r in found.values()]
+        line.rank = ranked[line.label] if len(line.test) + line.diverged == seeds else math.nan
+    used = [i for e in entries for i in (*e.tuning, *e.reported)]
+    every = [rows[i] for i in used if i in rows]
     name, options = study.options[label]
     return Table(
         **{"task": label, "metric": problem.metric, "better": better, "target": target},
         about=f"{name} {dict(options) or ''}".strip(),
         parts=next((r["parts"] for r in every), []),
-        tested=all(r["tested"] for r in every),
+        tested=all(part.test is not None for part in problem.parts),
         lines=lines,
         records=sorted({_words(r["record"]) for r in every}),
         software=sorted({_words(r["software"]) for r in every}),
@@ -145,20 +154,25 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
 def overall(found: Sequence[Table]) -> dict[str, tuple[float, int, int, int]]:
     """Of each contender: mean rank, and on how many tasks it was better, worse, neither.
 
-    Better and worse than the first contender, where the interval of the difference leaves out 0.
+    Better and worse than the reference, where the interval of the difference leaves out 0; one
+    that diverged on any seed is worse.
     """
     labels = dict.fromkeys(line.label for table in found for line in table.lines)
     summary = {}
     for label in labels:
         pairs = [(t, line) for t in found for line in t.lines if line.label == label]
         signs = [_verdict(table, line) for table, line in pairs]
-        ranks = statistics.fmean(line.rank for _, line in pairs)
+        ranks = _mean([line.rank for _, line in pairs if not math.isnan(line.rank)])
         summary[label] = (ranks, signs.count(1), signs.count(-1), signs.count(0))
     return summary
 
 
 def _verdict(table: Table, line: Line) -> int:
-    if line.difference is None or not line.difference.apart:
+    if line.difference is None or len(line.test) + line.diverged < line.seeds:
+        return 0
+    if line.diverged:
+        return -1
+    if not line.difference.apart:
         return 0
     lower = line.difference.mean < 0
     return 1 if lower == (table.better == "lower") else -1
@@ -178,15 +192,23 @@ def _reached(
     better: str,
     axis: str,
 ) -> tuple[Interval | None, int]:
-    """Where the reference's score at its end is reached, as a share of its way; seeds that miss."""
+    """Where the reference's score at its end is first reached, to where it reaches it itself first.
+
+    Of the seeds that get there, and how many do not. Where the reference is that good untrained
+    there is nothing to compare.
+    """
     ours, theirs = {}, {}
     pairs = {s: (row, reference[s]) for s, row in found.items() if s in reference}
     pairs = {s: (a, b) for s, (a, b) in pairs.items() if b["status"] == "finished"}
+    missed = 0
     for seed, (row, other) in pairs.items():
-        place = stats.reached(row["curve"], other["validate"], better, axis)
-        if place:
-            ours[seed], theirs[seed] = place, other["curve"][-1][axis]
-    return (stats.ratio(ours, theirs) if ours else None), len(pairs) - len(ours)
+        goal = other["curve"][-1]["validate"]
+        at = [stats.reached(r["curve"], goal, better, axis) for r in (row, other)]
+        if at[0] is None or row["status"] == "diverged":
+            missed += 1
+        elif at[0] > 0 and at[1]:
+            ours[seed], theirs[seed] = at[0], at[1]
+    return (stats.ratio(ours, theirs) if ours else None), missed
 
 
 def _stream(matrices: Sequence[list[list[float]]], better: Any) -> dict[str, Interval]:

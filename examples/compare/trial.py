@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from examples.compare.contenders import contender
-from examples.compare.problem import Problem
-from examples.compare.steppers import Jax, Torch
+from examples.compare.problem import Part, Problem
+from examples.compare.steppers import Clock, Jax, Torch
 
 Tell = Callable[[int, float | None], None]  # steps done, the score on the validation data
 
@@ -26,6 +26,7 @@ class Trial:
     options: of the task. settings: of the optimizer, every choice made.
     steps: on each part; None for those of the problem. parts: how many are learnt; None for all.
     rest: as in `Problem`, where the study says otherwise.
+    code: a digest of the files of one's own that make task and optimizer.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Trial:
     parts: int | None = None
     rest: float | str | None = None
     points: int = 20
+    code: str = ""
 
     def id(self) -> str:
         """A name that equal trials share."""
@@ -48,7 +50,7 @@ class Trial:
 class Stepper(Protocol):
     """A model in training, whichever the library."""
 
-    optimizer_seconds: float
+    clock: Clock  # of the optimizer's part of a step
 
     def step(self, batch: Any) -> float:
         """One step of the optimizer; the loss before it."""
@@ -78,66 +80,41 @@ def stepper(problem: Problem, trial: Trial) -> Stepper:
     return kind(problem, chosen, trial.lr, trial.settings, rest)  # pyright: ignore[reportArgumentType]
 
 
+# What an optimizer raises where numbers leave their range.
+OVERFLOW = (
+    *(np.linalg.LinAlgError, FloatingPointError, OverflowError),
+    torch.linalg.LinAlgError,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+
 def run(trial: Trial, problem: Problem, tell: Tell = lambda step, score: None) -> dict[str, Any]:
     """Train and score; the result as JSON has it.
 
-    A loss or a score that is not finite ends the trial as "diverged"; it has no scores.
+    A loss, gradient or score that is not finite ends the trial as "diverged"; it has no scores.
     """
     began = time.perf_counter()
     parts = list(problem.parts)[: trial.parts]
     problem = replace(problem, parts=parts, steps=trial.steps or problem.steps)
     training = stepper(problem, trial)
-    total, every = problem.total, max(1, problem.total // trial.points)
-    curve, losses, step, diverged = [], [], 0, None
-    matrix: dict[str, list[list[float]]] = {"validate": [], "test": []}
-    wall = cpu = 0.0
-    first = _score(parts[0].validate, training)
-    curve.append(_point(0, first, None, wall, cpu))
-    tell(0, first)
-    for index, part in enumerate(parts):
-        for inside in range(problem.steps):
-            batch = next(part.batches)
-            clocks = time.perf_counter(), time.process_time()
-            loss = training.step(batch)
-            wall += time.perf_counter() - clocks[0]
-            cpu += time.process_time() - clocks[1]
-            step += 1
-            losses.append(loss)
-            if not math.isfinite(loss):
-                diverged = step
-                break
-            last = inside + 1 == problem.steps
-            if step % every == 0 or last:
-                score = _score(part.validate, training)
-                row = _point(step, score, sum(losses) / len(losses), wall, cpu)
-                if len(parts) > 1:
-                    row["first"] = _score(parts[0].validate, training)
-                curve.append(row)
-                losses.clear()
-                tell(step, score)
-                if not math.isfinite(score):
-                    diverged = step
-                    break
-        if diverged is not None:
-            break
-        if len(parts) > 1 or index + 1 == len(parts):
-            for name in matrix:
-                scores = [_score(getattr(p, name) or p.validate, training) for p in parts]
-                matrix[name].append(scores)
-                if not all(map(math.isfinite, scores)):
-                    diverged = step
+    course = Course(problem, training, max(1, problem.total // trial.points), tell)
+    reason = ""
+    try:
+        good = course.learn()
+    except OVERFLOW as error:
+        good, reason = False, f"{type(error).__name__}: {error}"
     found: dict[str, Any] = {
-        "status": "finished" if diverged is None else "diverged",
-        "diverged_at": diverged,
-        "validate": None if diverged else _mean(matrix["validate"][-1]),
-        "test": None if diverged else _mean(matrix["test"][-1]),
-        "tested": all(p.test is not None for p in parts),
-        "matrix": matrix if len(parts) > 1 and diverged is None else None,
-        "curve": curve,
-        **{"steps": step, "total": total, "metric": problem.metric, "better": problem.better},
+        "status": "finished" if good else "diverged",
+        "diverged_at": None if good else course.step,
+        "reason": reason,
+        "validate": _mean(course.matrix["validate"][-1]) if good else None,
+        "test": _mean(course.matrix["test"][-1]) if good else None,
+        "matrix": course.matrix if len(parts) > 1 and good else None,
+        "curve": course.curve,
+        **{"steps": course.step, "total": problem.total},
         "parts": [part.name or f"{i + 1}" for i, part in enumerate(parts)],
-        **{"seconds": wall, "cpu_seconds": cpu, "whole": time.perf_counter() - began},
-        "optimizer_seconds": training.optimizer_seconds,
+        **{"seconds": course.wall.total, "cpu_seconds": course.cpu.total},
+        "whole": time.perf_counter() - began,
+        "optimizer_seconds": training.clock.total,
         "state_bytes": training.state_bytes(),
         "parameter_bytes": training.parameter_bytes(),
         "peak_bytes": training.peak_bytes(),
@@ -145,6 +122,63 @@ def run(trial: Trial, problem: Problem, tell: Tell = lambda step, score: None) -
         "software": software(problem.backend),
     }
     return json.loads(json.dumps(found), parse_constant=lambda name: None)
+
+
+class Course:
+    """What a training goes through: its steps, and the scores on the way and after each part."""
+
+    def __init__(self, problem: Problem, training: Stepper, every: int, tell: Tell) -> None:
+        self._problem, self._training, self._every, self._tell = problem, training, every, tell
+        self._losses: list[float] = []
+        self.step = 0
+        self.wall, self.cpu = Clock(), Clock(time.process_time)
+        self.curve: list[dict[str, float | None]] = []
+        self.matrix: dict[str, list[list[float]]] = {"validate": [], "test": []}
+
+    def learn(self) -> bool:
+        """All parts in turn; False where something was not finite."""
+        parts = self._problem.parts
+        if not self._point(parts[0]):
+            return False
+        for index, part in enumerate(parts):
+            for inside in range(1, self._problem.steps + 1):
+                batch = next(part.batches)
+                with self.wall, self.cpu:
+                    loss = self._training.step(batch)
+                self.step += 1
+                self._losses.append(loss)
+                if not math.isfinite(loss):
+                    return False
+                border = self.step % self._every == 0 or inside == self._problem.steps
+                if border and not self._point(part):
+                    return False
+            # After the last part alone, or for the matrix of a stream after each.
+            if (len(parts) > 1 or index + 1 == len(parts)) and not self._scores():
+                return False
+        return True
+
+    def _point(self, part: Part) -> bool:
+        score = self._score(part.validate)
+        loss = _mean(self._losses) if self._losses else None
+        row = {"step": self.step, "validate": score, "loss": loss}
+        row |= {"seconds": self.wall.total, "cpu_seconds": self.cpu.total}
+        if len(self._problem.parts) > 1:
+            row["first"] = self._score(self._problem.parts[0].validate)
+        self.curve.append(row)
+        self._losses.clear()
+        self._tell(self.step, score)
+        return math.isfinite(score)
+
+    def _scores(self) -> bool:
+        for name, rows in self.matrix.items():
+            functions = [getattr(part, name) or part.validate for part in self._problem.parts]
+            rows.append([self._score(function) for function in functions])
+        return all(math.isfinite(x) for rows in self.matrix.values() for x in rows[-1])
+
+    def _score(self, function: Callable[[Any], float]) -> float:
+        # What a score draws must not change what is trained on.
+        with torch.random.fork_rng(devices=[]):
+            return float(function(self._training.model()))
 
 
 def software(backend: str) -> dict[str, str]:
@@ -158,15 +192,5 @@ def software(backend: str) -> dict[str, str]:
     return {**found, "jax": jax.__version__, "optax": optax.__version__}
 
 
-def _score(function: Callable[[Any], float], training: Stepper) -> float:
-    return float(function(training.model()))
-
-
 def _mean(scores: list[float]) -> float:
     return math.fsum(scores) / len(scores)
-
-
-def _point(
-    step: int, score: float, loss: float | None, wall: float, cpu: float
-) -> dict[str, float | None]:
-    return {"step": step, "validate": score, "loss": loss, "seconds": wall, "cpu_seconds": cpu}

@@ -70,6 +70,13 @@ def score(function: Callable[[Any], Any]) -> Callable[[Any], float]:
     return scored
 
 
+def at_least(**sizes: tuple[float, float]) -> None:
+    """Raise ValueError where a size, of (value, least), is too small."""
+    for name, (value, least) in sizes.items():
+        if not value >= least:
+            raise ValueError(f"{name}={value}: at least {least}")
+
+
 def shuffled(
     chance: np.random.Generator, batch: int, *arrays: Any, of: int | None = None
 ) -> Iterator[tuple[Any, ...]]:

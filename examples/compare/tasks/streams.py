@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from examples.compare.problem import Backend, Part, Problem
-from examples.compare.tasks.both import Array, library, score, shuffled
+from examples.compare.tasks.both import Array, at_least, library, score, shuffled
 from examples.compare.tasks.tables import forward, load, mlp, split
 
 HASHED = 2048  # inputs that n-grams of characters are hashed into
@@ -29,7 +29,8 @@ def orthogonal(
     Inputs of part t are u_t and isotropic noise of norm about `noise`; what a part asks for never
     contradicts another, so that a longer memory of gradients could lose nothing.
     """
-    xp, chance = library(backend), np.random.default_rng(17)
+    at_least(parts=(parts, 2), size=(size, parts), outputs=(outputs, 1), batch=(batch, 1))
+    xp, chance = library(backend), np.random.default_rng([17, seed])
     basis = np.linalg.qr(chance.normal(size=(size, size)))[0][:parts]
     goals = chance.choice([-1.0, 1.0], size=(parts, outputs))
 
@@ -39,7 +40,7 @@ def orthogonal(
 
     def part(t: int) -> Part:
         drawn = np.random.default_rng([seed, t])
-        fixed = np.random.default_rng([23, t])
+        fixed = np.random.default_rng([23, seed, t])
 
         def rows(source: np.random.Generator, count: int) -> tuple[Any, Any]:
             x = basis[t] + noise / np.sqrt(size) * source.normal(size=(count, size))
@@ -73,8 +74,9 @@ def permuted_digits(
     backend: Backend = "torch",
 ) -> Problem:
     """Images of digits whose pixels are permuted anew in each part; accuracy on all parts."""
+    at_least(width=(width, 1), parts=(parts, 2))
     x, y = load("digits")
-    chance = np.random.default_rng(19)
+    chance = np.random.default_rng([19, seed])
     orders = [np.arange(64), *(chance.permutation(64) for _ in range(parts - 1))]
     data = [(x[:, order], y) for order in orders]
     return _classes("permuted digits", seed, data, (64, width, width, 10), batch, steps, backend)
@@ -84,6 +86,7 @@ def intents(
     seed: int = 0, width: int = 128, parts: int = 7, batch: int = 32, steps: int = 150
 ) -> Problem:
     """Spoken commands by hashed n-grams, new intents in each part (real data); accuracy on all."""
+    at_least(width=(width, 1), parts=(parts, 2))
     data, classes = _commands(parts)
     sizes = (HASHED, width, classes)
     return _classes("intents", seed, data, sizes, batch, steps, "torch")

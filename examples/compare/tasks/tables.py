@@ -1,6 +1,7 @@
 """Small real data sets that scikit-learn ships: images of digits, and two tables."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from examples.compare.problem import Backend, Part, Problem
-from examples.compare.tasks.both import Array, Library, library, score, shuffled
+from examples.compare.tasks.both import Array, Library, at_least, library, score, shuffled
 
 SPLIT = (0.7, 0.85)  # shares of rows where validation, and then test, begin
 
@@ -74,29 +75,31 @@ def diabetes(
     seed: int = 0, width: int = 64, batch: int = 32, steps: int = 200, backend: Backend = "torch"
 ) -> Problem:
     """442 patients by 10 measures, and how their illness went on; held-out squared error."""
+    at_least(width=(width, 1))
     xp, (x, y) = library(backend), load("diabetes")
     y = ((y - y.mean()) / y.std())[:, None]
-    train, valid, test = split(xp.array(x), xp.array(y))
+    rows = split(xp.array(x), xp.array(y))
 
     def loss(model: Any, rows: Any) -> Any:
         return ((forward(xp, model, rows[0], 3) - rows[1]) ** 2).mean()
 
-    return _problem(
-        "diabetes", xp, seed, (10, width, width, 1), batch, steps, loss, train, valid, test
-    )
+    sizes = 10, width, width, 1
+    found = _problem("diabetes", xp, seed, sizes, batch, steps, loss, rows)
+    return replace(found, metric="squared error")
 
 
 def _classes(
     name: str, seed: int, sizes: tuple[int, ...], batch: int, steps: int, backend: Backend
 ) -> Problem:
+    at_least(width=(min(sizes), 1))
     xp, (x, y) = library(backend), load(name)
-    train, valid, test = split(xp.array(x), xp.array(y))
+    rows = split(xp.array(x), xp.array(y))
     count = len(sizes) - 1
 
     def loss(model: Any, rows: Any) -> Any:
         return xp.nats(forward(xp, model, rows[0], count), rows[1])
 
-    return _problem(name, xp, seed, sizes, batch, steps, loss, train, valid, test)
+    return _problem(name, xp, seed, sizes, batch, steps, loss, rows)
 
 
 def _problem(
@@ -107,11 +110,10 @@ def _problem(
     batch: int,
     steps: int,
     loss: Any,
-    train: Any,
-    valid: Any,
-    test: Any,
+    rows: Sequence[tuple[Any, ...]],
 ) -> Problem:
-    rows = shuffled(np.random.default_rng([seed, 1]), batch, *train)
-    part = Part(rows, score(lambda m: loss(m, valid)), score(lambda m: loss(m, test)))
+    train, valid, test = rows
+    batches = shuffled(np.random.default_rng([seed, 1]), batch, *train)
+    part = Part(batches, score(lambda m: loss(m, valid)), score(lambda m: loss(m, test)))
     record = {"task": name, "sizes": list(sizes), "batch": batch}
     return Problem(xp.weights(mlp(seed, sizes)), loss, [part], steps, metric="nats", record=record)

@@ -5,14 +5,15 @@ import itertools
 import numpy as np
 
 from examples.compare.problem import Backend, Part, Problem
-from examples.compare.tasks.both import library, score
+from examples.compare.tasks.both import at_least, library, score
 
 
 def factorisation(
     seed: int = 0, size: int = 128, rank: int = 16, steps: int = 1000, backend: Backend = "torch"
 ) -> Problem:
     """½‖AB − M‖² of a matrix whose singular values span three decades; relative squared error."""
-    xp, chance = library(backend), np.random.default_rng(7)
+    at_least(rank=(rank, 1), size=(size, rank))
+    xp, chance = library(backend), np.random.default_rng([7, seed])
     left, right = (np.linalg.qr(chance.normal(size=(size, rank)))[0] for _ in range(2))
     whole = 10 * (left * np.geomspace(1, 1e-3, rank)) @ right.T
     goal, norm = xp.array(whole), float((whole**2).sum())
@@ -52,7 +53,9 @@ def regression(
     The covariance of the inputs has eigenvalues from 1 down to 1 / condition. tail: degrees of
     freedom of Student noise; 0 for normal noise.
     """
-    xp, chance = library(backend), np.random.default_rng(11)
+    at_least(inputs=(inputs, 1), outputs=(outputs, 1), batch=(batch, 1), noise=(noise, 0))
+    at_least(condition=(condition, 1), tail=(tail, 0))
+    xp, chance = library(backend), np.random.default_rng([11, seed])
     basis = np.linalg.qr(chance.normal(size=(inputs, inputs)))[0]
     roots = np.sqrt(np.geomspace(1, 1 / condition, inputs))
     goal = chance.normal(size=(inputs, outputs)) / np.sqrt(inputs)
@@ -98,7 +101,8 @@ def rotating(
 
     speed: radians a step of the fastest plane. A memory of gradients that is too long looks back.
     """
-    xp, chance = library(backend), np.random.default_rng(13)
+    at_least(size=(size, 2), noise=(noise, 0))
+    xp, chance = library(backend), np.random.default_rng([13, seed])
     skew = chance.normal(size=(size, size))
     skew = (skew - skew.T) / 2
     values, vectors = np.linalg.eigh(1j * skew)
