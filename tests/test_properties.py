@@ -138,7 +138,7 @@ def test_a_rule_that_keeps_its_promises_passes():
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_promise_is_named_and_shown(kind):
     with pytest.raises(AssertionError, match=r"breaks \d+ promises") as found:
-        check(kind(lr=0.1), backends=(), examples=30)
+        check(kind(lr=0.1), backends=(), examples=15)
     lines = str(found.value).splitlines()
     assert any(line.startswith(f"{BROKEN[kind]}: ") for line in lines)
     assert "Draw 1: " in str(found.value)
