@@ -336,6 +336,15 @@ def test_without_a_rest_one_rate_is_for_everything(name: str) -> None:
     assert sum(len(g["params"]) for g in groups) == 5
 
 
+@pytest.mark.parametrize("name", ["m3", "adamw", "torch.adamw", "torch.muon"])
+@pytest.mark.parametrize("rest", [None, 0.003])
+def test_a_model_of_matrices_alone(name: str, rest: float | None) -> None:
+    model = registry.make_problem("factorisation", {}, 0).model
+    made = optimizers(model, contender(name, "torch"), 0.02, {}, rest)
+    groups = [g for optimizer in made for g in optimizer.param_groups if g["params"]]
+    assert [(g["lr"], len(g["params"])) for g in groups] == [(0.02, 2)]
+
+
 def test_rules_of_matrices_need_some() -> None:
     vectors = nn.ParameterList([torch.ones(3)])
     for name in ("m3", "torch.muon"):

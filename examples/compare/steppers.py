@@ -156,8 +156,10 @@ def optimizers(
         return [make(list(model.parameters()))]
     if not matrices:
         raise ValueError(f"{contender.label}: the model has no hidden matrices, so no `rest`")
-    left = torch.optim.AdamW(others, lr=rest or lr, betas=BETAS, weight_decay=0.0)
-    return [make(matrices), left]
+    own = make(matrices)
+    if not others:
+        return [own]
+    return [own, torch.optim.AdamW(others, lr=rest or lr, betas=BETAS, weight_decay=0.0)]
 
 
 def adamw(lr: float) -> rules.AdamW:
