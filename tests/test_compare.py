@@ -90,6 +90,8 @@ def test_intervals_are_the_wider_of_two() -> None:
     assert lopsided.high > student[0] + student[1] + 0.5
     assert lopsided == stats.interval([0.0, 0.1, 0.1, 0.2, 3.0])
     assert stats.interval([2.0] * 5) == stats.Interval(2.0, 2.0, 2.0, 5)
+    odd = stats.interval([0.5] * 4 + [0.6])
+    assert math.isfinite(odd.low) and math.isfinite(odd.high)
     assert not stats.interval([1.0]).apart and f"{stats.interval([1.0])}" == "1.000"
     assert math.isnan(stats.interval([]).mean)
 

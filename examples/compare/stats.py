@@ -60,11 +60,10 @@ def interval(values: Sequence[float]) -> Interval:
         chance = np.random.default_rng(zlib.crc32(x.tobytes()))
         drawn = x[chance.integers(0, len(x), (RESAMPLES, len(x)))]
         means, spreads = drawn.mean(1), drawn.std(1, ddof=1) / math.sqrt(len(x))
-        off = means - x.mean()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            t = np.where(spreads > 0, off / spreads, np.sign(off) * np.inf)
-        t = np.where(np.isnan(t), 0.0, t)
-        least, most = np.quantile(t, [0.025, 0.975], method="higher")
+        # Resamples of one value say nothing of a spread.
+        several = spreads > 1e-12 * np.abs(x).max()
+        t = (means - x.mean())[several] / spreads[several]
+        least, most = np.quantile(t, [0.025, 0.975])
         low, high = min(low, mean - most * spread), max(high, mean - least * spread)
     return Interval(mean, float(low), float(high), len(x))
 
