@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.candidates import STARTS, Candidate, candidates
 from deepopt import rules
 from deepopt.rule import Rule
+from examples.compare.tasks.language import GPT
 from examples.hope import data
+from examples.hope.train import cost
 from torch_backend import Optimizer
 
 ASKED = ("rule", "knobs", "seed", "protocol", "corpus")
@@ -57,55 +58,6 @@ class Protocol:
 
 
 QUICK = Protocol(layers=1, width=48, length=32, batch=4, steps=20, evaluation_batches=2)
-
-
-class Block(nn.Module):
-    """Pre-norm causal attention and MLP."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norms = nn.ModuleList([nn.RMSNorm(width), nn.RMSNorm(width)])
-        self.query, self.key, self.value, self.out = (
-            nn.Linear(width, width, bias=False) for _ in range(4)
-        )
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norms[0](x)
-        q, k, v = (
-            f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for f in (self.query, self.key, self.value)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norms[1](x))))
-
-
-class GPT(nn.Module):
-    """A byte-level transformer with learned positions and an untied head."""
-
-    def __init__(self, p: Protocol) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(256, p.width)
-        self.positions = nn.Embedding(p.length, p.width)
-        self.blocks = nn.ModuleList([Block(p.width, p.heads) for _ in range(p.layers)])
-        self.norm = nn.RMSNorm(p.width)
-        self.head = nn.Linear(p.width, 256, bias=False)
-        for table in (self.tokens, self.positions):
-            nn.init.normal_(table.weight, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-def cost(model: nn.Module, crops: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of crops [B, T + 1]."""
-    return F.cross_entropy(model(crops[:, :-1]).flatten(0, 1), crops[:, 1:].flatten())
 
 
 def schedule(step: int, p: Protocol) -> float:
@@ -150,7 +102,7 @@ def run(
     text = corpus(p.length)
     rule = replace(rule, weight_decay=p.weight_decay)
     torch.manual_seed(seed)
-    model = GPT(p)
+    model = GPT(p.layers, p.width, p.heads, p.length)
     hidden = [w for w in model.blocks.parameters() if w.ndim == 2]
     known = {id(w) for w in hidden}
     rest = [w for w in model.parameters() if id(w) not in known]

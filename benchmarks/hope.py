@@ -9,7 +9,6 @@ cell of a table is a process of its own, so that its peak of memory is its own.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 from benchmarks.figures import conditions
 from benchmarks.hope_cells import PEERS, SECTIONS, Record, measured
 from benchmarks.hope_page import write_page
+from examples.settings import processor
 
 # Tokens of context, and sequences of a batch: 4,096 tokens a step where they fit.
 LENGTHS = {256: 16, 1024: 4, 4096: 1, 16384: 1}
@@ -90,14 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.page is not None:
         write_page(options.page, records)
     return 0
-
-
-def processor() -> str:
-    """The name of the processor."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

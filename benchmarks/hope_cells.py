@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +24,7 @@ from examples.hope.config import Config
 from examples.hope.memories import RESIDUAL, Learning
 from examples.hope.model import LanguageModel
 from examples.hope.models import build
+from examples.hope.train import cost
 
 Record = dict[str, Any]
 WHOLE = Config(inner=RESIDUAL)
@@ -76,12 +76,6 @@ def trainer(model: nn.Module, tokens: Tensor, way: "Way | None" = None) -> Calla
         return loss.item()
 
     return step
-
-
-def cost(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Nats per token of tokens [B, T + 1], each predicted from those before it."""
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def training(cell: Record) -> list[Record]:

@@ -2,9 +2,12 @@
 
 import difflib
 import json
+import math
+import platform
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, cast
 
 # The kind of a default, what may be given in its place, and how to say so.
@@ -61,6 +64,25 @@ def assignments(texts: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             settings[key.strip()] = value.strip()
     return settings
+
+
+def learning_rate(shown: str, text: str) -> float:
+    """A rate as a user writes it; ValueError, which begins with what is shown, where it is none."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ValueError(f"{shown}: a learning rate is positive, such as 3e-3")
+    return rate
+
+
+def processor() -> str:
+    """The name of the processor, which figures in seconds depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -6,7 +6,6 @@ nothing that is finished.
 """
 
 import argparse
-import math
 import os
 import shlex
 import sys
@@ -19,11 +18,9 @@ from examples.compare import contenders, registry, report
 from examples.compare.ledger import read
 from examples.compare.study import HOUR, LEDGER, Plan, Study, conduct, estimate
 from examples.compare.summary import tables
-from examples.settings import row
+from examples.settings import learning_rate, row
 
 DEFAULT = ["adamw", "muon", "m3"]
-
-
 # XLA takes all cores unless it is told not to; trials run side by side.
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
@@ -38,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(listing())
             return 0
         if args.command == "report":
-            return reported(args.folder, args.reference)
+            plan = Plan.load(args.folder)
+            plan = replace(plan, reference=args.reference) if args.reference else plan
+            return reported(Study(plan), args.folder)
         return ran(args, given)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -102,7 +101,7 @@ def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
     ledger = folder / LEDGER
     rows = read(ledger) if ledger.exists() else {}
     study.following(rows)
-    left = sum(study.left(rows).values())
+    left = sum(study.left(rows))
     if left:
         seconds = estimate(study, rows, args.jobs)
         print(f"{left} trials, about {words(seconds)}", file=sys.stderr, flush=True)
@@ -111,21 +110,19 @@ def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
                 f"the study would take about {words(seconds)}: --yes to begin, or fewer --seeds, "
                 "--trials or --steps"
             )
-    done = conduct(study, folder, args.jobs)
-    status = reported(folder)
-    for error in done.errors.values():
+    errors, stopped = conduct(study, folder, args.jobs)
+    status = reported(study, folder)
+    for error in errors:
         print(f"error: {error}", file=sys.stderr)
-    if done.stopped:
+    if stopped:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
-    return 1 if done.errors else status
+    return 1 if errors else status
 
 
-def reported(folder: Path, reference: str | None = None) -> int:
+def reported(study: Study, folder: Path) -> int:
     """Write the report of the study in a folder, and show its text."""
-    plan = Plan.load(folder)
-    plan = replace(plan, reference=reference) if reference else plan
-    found = tables(Study(plan), read(folder / LEDGER))
+    plan, found = study.plan, tables(study, read(folder / LEDGER))
     if not found:
         print("nothing to report yet", file=sys.stderr)
         return 1
@@ -153,10 +150,10 @@ def plan_of(args: argparse.Namespace, command: str) -> Plan:
         name, _, rate = text.rpartition("=")
         if not name:
             raise ValueError(f"--lr {text}: NAME=RATE is asked for, such as m3=0.02")
-        rates[name] = _rate(f"--lr {text}", rate)
+        rates[name] = learning_rate(f"--lr {text}", rate)
     rest: float | str | None = args.rest
     if rest is not None and rest != "same":
-        rest = _rate(f"--rest {args.rest}", args.rest)
+        rest = learning_rate(f"--rest {args.rest}", args.rest)
     return Plan(
         **{"tasks": labels, "optimizers": args.optimizers, "seeds": args.seeds},
         **{"trials": args.trials, "lr": rates, "drop_in": args.drop_in, "steps": args.steps},
@@ -174,16 +171,6 @@ def _task(text: str) -> tuple[str, str, dict[str, Any]]:
         name, options = row(text)
     registry.maker(name)
     return text, name, options
-
-
-def _rate(shown: str, text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not 0 < rate < math.inf:
-        raise ValueError(f"{shown}: a learning rate is positive, such as 3e-3")
-    return rate
 
 
 def words(seconds: float) -> str:

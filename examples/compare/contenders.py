@@ -59,7 +59,8 @@ class Contender:
         if self.kind == "rule":
             rule = RULES[self.name](**{**settings, "lr": lr})
             return lambda: rule
-        target, name = imported(self.name), rate_name(imported(self.name))
+        target = imported(self.name)
+        name = rate_name(target)
         if self.kind == "optax":
             return lambda: target(**{name: lr}, **settings)
         return lambda parameters: target(parameters, **{name: lr}, **settings)

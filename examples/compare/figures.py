@@ -105,7 +105,7 @@ def sensitivity(table: Table, looks: Mapping[str, Mapping[str, Any]]) -> Any:
 
 
 def differences(found: Sequence[Table], looks: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Paired differences to the first contender with their intervals, in its deviations."""
+    """Paired differences to the reference with their intervals, as shares of its score."""
     rows = [(t, line) for t in found for line in t.lines if line.difference is not None]
     figure, ax = plt.subplots(figsize=(6.4, 0.8 + 0.28 * max(1, len(rows))))
     for place, (table, line) in enumerate(rows):

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-import platform
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,6 +14,7 @@ from examples.compare import figures
 from examples.compare.stats import Interval, figure
 from examples.compare.study import Plan
 from examples.compare.summary import Line, Table, overall
+from examples.settings import processor
 
 COLUMNS = (
     ("optimizer", "as it was asked for"),
@@ -25,7 +26,7 @@ COLUMNS = (
     ("time to target", "the same in seconds of training"),
     ("sensitivity", "what is lost, in the mean, at the best rate ÷ √10 and × √10"),
     ("ms/step", "all of a step, and the optimizer's part"),
-    ("state", "bytes that the optimizer keeps per byte of parameters"),
+    ("state", "bytes that the optimizer keeps per byte of parameters; peak of a GPU"),
     ("diverged", "of the seeds"),
     ("trials", "tuning and report"),
 )
@@ -62,7 +63,7 @@ def cells(table: Table, line: Line) -> list[str]:
         _share(line.seconds, line),
         "–" if math.isnan(line.sensitivity) else figure(line.sensitivity),
         f"{line.step_ms:.1f} / {line.optimizer_ms:.1f}",
-        f"{line.state:.2f}",
+        f"{line.state:.2f}" + (f", {line.peak:.0f} MB on the GPU" if line.peak else ""),
         f"{line.diverged}",
         f"{line.trials}",
     ]
@@ -77,11 +78,8 @@ def markdown(plan: Plan, found: Sequence[Table]) -> str:
         text += [f"## {table.task}", "", caption(table), ""]
         heads = [name for name, _ in COLUMNS]
         text += [*_pipes(heads, [cells(table, line) for line in table.lines]), ""]
-        streams = [line for line in table.lines if line.stream]
-        if streams:
-            names = [*streams[0].stream]
-            rows = [[line.label, *(_words(line.stream[n]) for n in names)] for line in streams]
-            text += [*_pipes(["stream", *names], rows), ""]
+        if rows := _of_stream(table):
+            text += [*_pipes(rows[0], rows[1:]), ""]
     text += ["## Conditions", "", *(f"- {line}" for line in conditions(plan, found)), ""]
     text += [*(f"- {name}: {about}." for name, about in COLUMNS), ""]
     return "\n".join(text)
@@ -140,7 +138,7 @@ def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
     lines = [
         f"command: `{plan.command}`; differences and targets are those of {plan.reference}",
         f"{tuned}, {plan.seeds} seeds; the seed decides weights and data for all alike{rest}",
-        f"hardware: {processor()}, one thread a trial, other trials beside it",
+        f"hardware: {processor()}, {os.cpu_count()} cores; one thread a trial, others beside it",
     ]
     for table in found:
         lines += [f"{table.task}: {table.about}; data {x}" for x in table.records]
@@ -150,14 +148,6 @@ def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
             lines.append(f"{table.task}: rows come from {len(table.software)} sets of versions")
     lines += sorted({f"software: {x}" for table in found for x in table.software})
     return lines
-
-
-def processor() -> str:
-    """The name of the processor."""
-    info = Path("/proc/cpuinfo")
-    found = info.read_text().splitlines() if info.exists() else []
-    names = [x.partition(":")[2].strip() for x in found if x.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or "unknown"
 
 
 CSS = """
@@ -198,11 +188,8 @@ def page(plan: Plan, found: Sequence[Table], drawn: Mapping[str, str]) -> str:
         name = figures.file_name(table.task)
         own = {k: v for k, v in drawn.items() if k.rpartition("-")[0] == name}
         body.append(_figures(own))
-        streams = [line for line in table.lines if line.stream]
-        if streams:
-            names = [*streams[0].stream]
-            rows = [[line.label, *(_words(line.stream[n]) for n in names)] for line in streams]
-            body.append(_html(["stream", *names], rows, {}))
+        if rows := _of_stream(table):
+            body.append(_html(rows[0], rows[1:], {}))
     lines = "".join(f"<li>{_code(line)}</li>" for line in conditions(plan, found))
     about = "".join(f"<li><b>{escape(n)}</b>: {escape(t)}.</li>" for n, t in COLUMNS)
     body.append(f"<h2>Conditions</h2><ul>{lines}</ul><h2>Columns</h2><ul>{about}</ul>")
@@ -212,6 +199,14 @@ def page(plan: Plan, found: Sequence[Table], drawn: Mapping[str, str]) -> str:
         f'<link rel="icon" href="data:,"><title>{escape(title(found))}</title>'
         f"<style>{CSS}</style></head><body>{''.join(body)}</body></html>\n"
     )
+
+
+def _of_stream(table: Table) -> list[list[str]]:
+    """What a stream keeps and loses, under the names of it; empty for a task of one part."""
+    streams = [line for line in table.lines if line.stream]
+    names = [*streams[0].stream] if streams else []
+    rows = [[line.label, *(_words(line.stream[n]) for n in names)] for line in streams]
+    return [["stream", *names], *rows] if rows else []
 
 
 def _figures(drawn: Mapping[str, str]) -> str:

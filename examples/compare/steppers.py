@@ -206,10 +206,9 @@ class Jax:
             return lambda count: rate * factors[jax.numpy.minimum(count, total - 1)]
 
         if contender.kind == "rule":
-            rule = contender.make(lr, settings)()
-            own = jax_backend.transform(rule, lr=at(lr))
+            own = jax_backend.transform(contender.make(lr, settings)(), lr=at(lr))
         else:
-            rule, own = None, contender.make(at(lr), settings)()
+            own = contender.make(at(lr), settings)()
         if rest is not None:
             labels = jax.tree.map(lambda x: "own" if x.ndim > 1 else "rest", problem.model)
             other = optax.adamw(at(rest), *BETAS, weight_decay=0.0)

@@ -19,7 +19,7 @@ from examples.compare.contenders import Contender, contender, imported
 from examples.compare.ledger import Ledger
 from examples.compare.registry import make_problem
 from examples.compare.trial import Trial, run, stepper
-from examples.compare.workers import Done, side_by_side
+from examples.compare.workers import side_by_side
 from examples.hope.checkpoint import Stop
 from examples.hope.report import Progress
 
@@ -81,6 +81,7 @@ class Entry:
 
     task: str
     contender: Contender
+    code: str  # see `digest`
     tuning: dict[str, Trial] = field(default_factory=dict[str, Trial])
     reported: dict[str, Trial] = field(default_factory=dict[str, Trial])
     lr: float | None = None
@@ -121,9 +122,9 @@ class Study:
         }
         self.options = {label: (name, options) for label, name, options in plan.tasks}
         self.entries = [
-            Entry(label, contender(text, problem.backend, plan.weight_decay))
+            Entry(label, one, digest(self.options[label][0], one))
             for label, problem in self.problems.items()
-            for text in plan.optimizers
+            for one in (contender(x, problem.backend, plan.weight_decay) for x in plan.optimizers)
         ]
         unknown = [name for name in plan.lr if name not in plan.optimizers]
         if unknown:
@@ -139,8 +140,8 @@ class Study:
             # It says now whether the optimizer can step the model at all.
             stepper(self.problems[entry.task], self.trial(entry, entry.contender.lr, {}, 0))
         for label, (name, options) in self.options.items():
-            one, two = (make_problem(name, options, TUNING_SEED) for _ in range(2))
-            scores = [p.parts[0].validate(p.model) for p in (one, two)]
+            again = make_problem(name, options, TUNING_SEED)
+            scores = [p.parts[0].validate(p.model) for p in (self.problems[label], again)]
             if scores[0] != scores[1] and not math.isnan(scores[0]):
                 raise ValueError(
                     f"task {label}: two models of one seed have the scores {scores[0]} and "
@@ -156,7 +157,7 @@ class Study:
             **{"task": name, "options": options, "optimizer": entry.contender.label, "lr": lr},
             **{"settings": settings or entry.contender.variants()[0], "seed": seed},
             **{"steps": self.plan.steps, "rest": self.plan.rest},
-            code=digest(name, entry.contender),
+            code=entry.code,
             parts=min(TUNING_PARTS, parts - 1) if tuning and parts > 1 else None,
         )
 
@@ -186,9 +187,7 @@ class Study:
             while len(tried) < budget:
                 rates = search.following(one.lr, tried, better)[: budget - len(tried)]
                 asked = [self.trial(entry, r, settings, TUNING_SEED, True) for r in rates]
-                entry.tuning |= {t.id(): t for t in asked}
-                missing = [t for t in asked if t.id() not in rows]
-                if missing:
+                if missing := _missing(entry, asked, rows):
                     yield from missing
                     return
                 tried |= {t.lr: rows[t.id()]["validate"] for t in asked}
@@ -199,9 +198,7 @@ class Study:
             lr, entry.edge = best, search.at_edge(tried, better)
             if len(variants) > 1:
                 asked = [self.trial(entry, lr, v, TUNING_SEED, True) for v in variants]
-                entry.tuning |= {t.id(): t for t in asked}
-                missing = [t for t in asked if t.id() not in rows]
-                if missing:
+                if missing := _missing(entry, asked, rows):
                     yield from missing
                     return
                 scores = {float(i): rows[t.id()]["validate"] for i, t in enumerate(asked)}
@@ -219,9 +216,9 @@ class Study:
         problem = self.problems[label]
         return (trial.steps or problem.steps) * len(problem.parts[: trial.parts])
 
-    def left(self, rows: Rows) -> dict[str, int]:
-        """How many trials are to be done, by task and contender, at most."""
-        found = {}
+    def left(self, rows: Rows) -> list[int]:
+        """How many trials each entry has still to do, at most."""
+        found = []
         for entry in self.entries:
             tunes = entry.contender.label not in self.plan.lr and not (
                 self.plan.drop_in and entry.contender.label != self.plan.optimizers[0]
@@ -229,8 +226,14 @@ class Study:
             known = {**entry.tuning, **entry.reported}
             done = sum(name in rows for name in known)
             count = self.plan.seeds + (self.plan.trials if tunes else 0)
-            found[f"{entry.task}\n{entry.contender.label}"] = max(0, count - done)
+            found.append(max(0, count - done))
         return found
+
+
+def _missing(entry: Entry, asked: Sequence[Trial], rows: Rows) -> list[Trial]:
+    """Of the trials that tune an entry, those that have to be done."""
+    entry.tuning |= {t.id(): t for t in asked}
+    return [t for t in asked if t.id() not in rows]
 
 
 def estimate(study: Study, rows: Rows, jobs: int, steps: int = 3) -> float:
@@ -239,7 +242,7 @@ def estimate(study: Study, rows: Rows, jobs: int, steps: int = 3) -> float:
     total, threads = 0.0, torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for entry, count in zip(study.entries, study.left(rows).values(), strict=True):
+        for entry, count in zip(study.entries, study.left(rows), strict=True):
             if not count:
                 continue
             name, options = study.options[entry.task]
@@ -272,9 +275,12 @@ def work(trial: Trial, tell: Callable[..., None]) -> dict[str, Any]:
     return run(trial, problem, tell)
 
 
-def conduct(study: Study, folder: Path, jobs: int) -> Done:
-    """Do what is left, round by round; results are in the ledger as soon as they are there."""
-    whole = Done()
+def conduct(study: Study, folder: Path, jobs: int) -> tuple[list[str], bool]:
+    """Do what is left, round by round; what failed, and whether a signal stopped it.
+
+    Results are in the ledger as soon as they are there.
+    """
+    errors: list[str] = []
     with Ledger(folder / LEDGER) as ledger, Stop(signal.SIGINT, signal.SIGTERM) as stop:
         study.plan.save(folder)
         rows = ledger.results()
@@ -303,21 +309,18 @@ def conduct(study: Study, folder: Path, jobs: int) -> Done:
             )
             for index, error in done.errors.items():
                 t = trials[index]
-                text = f"{t.task}, {t.optimizer}, lr {t.lr:g}, seed {t.seed}: {error}"
-                whole.errors[len(whole.errors)] = text
+                errors.append(f"{t.task}, {t.optimizer}, lr {t.lr:g}, seed {t.seed}: {error}")
         shown.progress.close()
-        whole.stopped = stop.asked
-    return whole
+        return errors, stop.asked
 
 
 class Shown:
     """Progress over all trials, in steps of optimizers."""
 
     def __init__(self, study: Study, rows: Rows) -> None:
-        left = zip(study.entries, study.left(rows).values(), strict=True)
-        trials = [study.trial(e, e.contender.lr, {}, 0) for e in study.entries]
-        lengths = map(study.length, trials)
-        self._total = sum(n * count for (_, count), n in zip(left, lengths, strict=True))
+        whole = [study.trial(e, e.contender.lr, {}, 0) for e in study.entries]
+        lengths = map(study.length, whole)
+        self._total = sum(n * count for n, count in zip(lengths, study.left(rows), strict=True))
         self._steps: dict[str, int] = {}
         self.progress = Progress(max(1, self._total), 1, units=("", "steps/s"))
 

@@ -18,6 +18,7 @@ from examples.hope import figure, report, study, table, training
 from examples.hope.jobs import Outcome, work
 from examples.hope.study import Makers, Trial
 from examples.hope.tasks import Stream
+from examples.settings import processor
 
 TUNING_SEED = 1000  # far from the seeds that are reported, 0, 1, …
 GRID = (1 / math.sqrt(10), 1.0, math.sqrt(10))  # factors of the learning rate
@@ -257,11 +258,7 @@ def settings(contender: Contender) -> str:
 
 def hardware(device: str) -> str:
     """The processor's name, and the GPU's where one was used."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [x.partition(":")[2] for x in info.read_text().splitlines() if "model name" in x]
-        name = models[0].strip() if models else name
+    name = processor()
     return name if device == "cpu" else f"{torch.cuda.get_device_name(device)}, {name}"
 
 

@@ -5,7 +5,6 @@ repeats nothing that is finished. On a CPU it goes on bit for bit.
 """
 
 import argparse
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import torch
 from examples.hope import models, plan, presets, train
 from examples.hope.plan import Contender, Plan
 from examples.hope.study import Makers
-from examples.settings import assignments, nearest, row
+from examples.settings import assignments, learning_rate, nearest, row
 
 MAKERS = Makers(presets.make_task, presets.make_model, presets.configuration)
 
@@ -143,7 +142,7 @@ def contenders(
         name, equals, rate = text.rpartition("=")
         if (name if equals else None) in given:
             raise ValueError(f"--lr {' '.join(args.lr)}: two rates for {name or 'all models'}")
-        given[name if equals else None] = _rate(rate)
+        given[name if equals else None] = learning_rate(f"--lr {rate}", rate)
     unused = {name for name in given if name is not None}
     found = []
     for label in args.models:
@@ -157,16 +156,6 @@ def contenders(
         name = sorted(unused)[0]
         raise ValueError(f"--lr {name}=…: {nearest(name, args.models)}")
     return found
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not 0 < rate < math.inf:
-        raise ValueError(f"--lr {text}: a learning rate is positive, such as 3e-3")
-    return rate
 
 
 def listing() -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -232,7 +232,7 @@ def schedule(step: int, steps: int) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def cost(model: Hope, crops: Tensor) -> Tensor:
+def cost(model: nn.Module, crops: Tensor) -> Tensor:
     """Cross-entropy in nats of crops [B, T + 1]."""
     logits = model(crops[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten())

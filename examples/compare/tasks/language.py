@@ -15,6 +15,7 @@ from examples.hope import data
 from examples.hope.config import Config
 from examples.hope.memories import RESIDUAL
 from examples.hope.model import LanguageModel
+from examples.hope.train import cost
 
 REST = 3e-3  # AdamW of embeddings, head and gains
 WINDOWS = 128  # of validation, and of test
@@ -62,11 +63,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
-
-
-def cost(model: nn.Module, crops: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of crops [B, T + 1]."""
-    return F.cross_entropy(model(crops[:, :-1]).flatten(0, 1), crops[:, 1:].flatten())
 
 
 def gpt(
