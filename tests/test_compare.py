@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+from deepopt import rules
 from examples.compare import __main__ as command
 from examples.compare import contenders, registry, report, search, stats, workers
 from examples.compare.contenders import contender
@@ -228,7 +230,10 @@ def test_a_killed_process_leaves_whole_rows_and_no_lock(tmp_path: Path) -> None:
 def test_contenders_are_what_was_asked_for() -> None:
     m3 = contender("m3:momentum=0.95,weight=0|0.1,slow=[0.9,0.99]", "torch")
     assert (m3.name, m3.kind, m3.lr) == ("m3", "rule", 1e-2)
-    assert m3.variants() == [{"momentum": 0.95, "slow": (0.9, 0.99), "weight": w} for w in (0, 0.1)]
+    assert m3.variants() == [{**m3.settings, "weight": w} for w in (0, 0.1)]
+    assert (m3.settings["momentum"], m3.settings["slow"]) == (0.95, (0.9, 0.99))
+    # Another default must be another trial: all settings but the rate are in it.
+    assert {*m3.variants()[0], "lr"} == {f.name for f in fields(rules.M3)}
     assert contender("DeltaMomentum", "jax").name == "deltamomentum"
     sgd = contender("torch.sgd:momentum=0.9", "torch")
     assert (sgd.name, sgd.kind, sgd.settings) == ("torch.optim.SGD", "torch", {"momentum": 0.9})
@@ -675,7 +680,10 @@ def test_what_diverged_is_no_winner(mine: str) -> None:
         **{"adamw": (0, 0, 1), "muon": (0, 1, 0), "m3": (0, 1, 0)}
     }
     page = report.markdown(Plan([("t", mine, {})], ["adamw"]), [found])
-    assert "0.5000 [0.5000, 0.5000], 2 of 3 seeds" in page
+    assert "0.5000 [0.5000, 0.5000], 2 of 3 seeds" in page and "GPU |" not in page
+    found.lines[0].peak = 7.0
+    page = report.markdown(Plan([("t", mine, {})], ["adamw"]), [found])
+    assert "| 2.00, 7 MB on the GPU |" in page
     unfinished = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5]})
     assert [str(x.rank) for x in unfinished.lines] == ["1.0", "nan"]
 

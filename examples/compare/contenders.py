@@ -38,7 +38,8 @@ class Contender:
 
     label: as it was asked for; the row of the tables.
     name: of a rule (lower case), or an import path.
-    settings: what is fixed. choices: settings with several values, `weight=0|0.1`, to be tuned.
+    settings: what is fixed; of a rule all of them, so that another default is another trial.
+    choices: settings with several values, `weight=0|0.1`, to be tuned.
     lr: where tuning begins, the default of the rule or of the signature.
     """
 
@@ -90,10 +91,11 @@ def contender(text: str, backend: Backend, decay: float | None = None) -> Conten
         known = {f.name: f.default for f in fields(kind)}
         if decay is not None and "weight_decay" not in (*settings, *choices):
             settings["weight_decay"] = decay
-        found = Contender(text, key, "rule", float(cast(Any, known["lr"])), settings, choices)
         for setting in (*settings, *choices):
             if setting not in known or setting == "lr":
                 raise ValueError(_unknown(kind.__name__, setting, [*known]))
+        whole = {k: v for k, v in known.items() if k != "lr" and k not in choices} | settings
+        found = Contender(text, key, "rule", float(cast(Any, known["lr"])), whole, choices)
         for variant in found.variants():
             found.make(found.lr, variant)  # the rule checks its own values
         return found

@@ -63,7 +63,7 @@ def cells(table: Table, line: Line) -> list[str]:
         _share(line.seconds, line),
         "–" if math.isnan(line.sensitivity) else figure(line.sensitivity),
         f"{line.step_ms:.1f} / {line.optimizer_ms:.1f}",
-        f"{line.state:.2f}" + (f", {line.peak:.0f} MB on the GPU" if line.peak else ""),
+        f"{line.state:.2f}" + ("" if math.isnan(line.peak) else f", {line.peak:.0f} MB on the GPU"),
         f"{line.diverged}",
         f"{line.trials}",
     ]

@@ -45,7 +45,7 @@ class Line:
     step_ms: float
     optimizer_ms: float
     state: float  # bytes of optimizer state per byte of parameters
-    peak: float | None  # MB on a GPU
+    peak: float  # MB on a GPU, nan where there is none
     trials: int
 
 
@@ -128,7 +128,7 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
                     [1e3 * r["optimizer_seconds"] / max(1, r["steps"]) for r in good]
                 ),
                 state=_mean([r["state_bytes"] / r["parameter_bytes"] for r in good]),
-                peak=_mean([r["peak_bytes"] / 1e6 for r in good if r["peak_bytes"]]) or None,
+                peak=_mean([r["peak_bytes"] / 1e6 for r in good if r["peak_bytes"]]),
                 trials=sum(i in rows for i in entry.tuning) + len(found),
             )
         )

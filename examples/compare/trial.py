@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+import deepopt
 from examples.compare.contenders import contender
 from examples.compare.problem import Part, Problem
 from examples.compare.steppers import Clock, Jax, Torch
@@ -184,6 +185,7 @@ class Course:
 def software(backend: str) -> dict[str, str]:
     """Versions that a figure depends on."""
     found = {"python": platform.python_version(), "numpy": np.__version__}
+    found["deepopt"] = deepopt.__version__
     if backend == "torch":
         return {**found, "torch": torch.__version__}
     import jax
