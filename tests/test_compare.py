@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +24,12 @@ from deepopt import rules
 from examples.compare import __main__ as command
 from examples.compare import contenders, registry, report, search, stats, workers
 from examples.compare.contenders import contender
+from examples.compare.figures import pictures
 from examples.compare.ledger import Ledger, read
 from examples.compare.problem import Part, Problem
 from examples.compare.steppers import factor, optimizers
 from examples.compare.study import LEDGER, Plan, Study
-from examples.compare.summary import overall, tables
+from examples.compare.summary import overall, profile, tables
 from examples.compare.tasks import TASKS
 from examples.compare.trial import Trial, run, stepper
 
@@ -115,9 +116,9 @@ def test_what_is_better_is_found_and_copies_are_not_told_apart(
 def test_pairs_are_those_that_both_have() -> None:
     assert stats.paired({0: 1.0, 1: 2.0, 5: 9.0}, {0: 0.5, 1: 1.5}).mean == 0.5
     assert stats.paired({0: 1.0, 1: 2.0, 5: 9.0}, {0: 0.5, 1: 1.5}).count == 2
-    ratio = stats.ratio({0: 1.0, 1: 4.0}, {0: 2.0, 1: 2.0})
+    ratio = stats.geometric([0.5, 2.0])
     assert ratio.mean == pytest.approx(1.0) and ratio.low < 0.5 < 2 < ratio.high
-    assert stats.ratio({0: 1.0}, {0: 4.0}).mean == 0.25 and math.isnan(stats.ratio({}, {}).mean)
+    assert stats.geometric([0.25]).mean == 0.25 and math.isnan(stats.geometric([]).mean)
 
 
 def test_targets_sensitivities_and_ranks() -> None:
@@ -595,7 +596,7 @@ def test_a_study_of_a_task_of_ones_own(
     assert adamw.difference is None and muon.difference is not None
     expected = [muon.test[s] - adamw.test[s] for s in range(3)]
     assert muon.difference.mean == pytest.approx(np.mean(expected))
-    assert adamw.steps is not None and adamw.steps.mean <= 1 and adamw.missed == 0
+    assert [*adamw.steps] == [0, 1, 2] and max(adamw.steps.values()) <= 1
     assert [line.trials for line in found.lines] == [6, 6]
     more = [*asked, "--seeds", "4"]
     assert command.main(more) == 0 and len(read(out / LEDGER)) == 14
@@ -691,12 +692,27 @@ def test_what_diverged_is_no_winner(mine: str) -> None:
 def test_a_reference_is_as_fast_as_itself_and_another_can_be_chosen(mine: str) -> None:
     scores: dict[str, Any] = {"adamw": [2.0, 2.1, 2.2], "muon": [4.0, 4.0, 4.0]}
     adamw, muon = planted(mine, scores).lines
-    assert (adamw.steps.mean, adamw.missed, muon.steps, muon.missed) == (1.0, 0, None, 3)
+    never = dict.fromkeys(range(3), math.inf)
+    assert (adamw.steps, muon.steps) == (dict.fromkeys(range(3), 1.0), never)
     adamw, muon = planted(mine, scores, reference="muon").lines
     assert muon.difference is None and adamw.difference.mean == pytest.approx(-1.9)
-    assert (adamw.steps.mean, adamw.seconds.mean) == pytest.approx((1.0, 1.0))
+    assert adamw.steps == adamw.seconds == dict.fromkeys(range(3), 1.0)
     with pytest.raises(ValueError, match="--reference lion: one of adamw, muon"):
         Plan([("t", mine, {})], ["adamw", "muon"], reference="lion")
+
+
+def test_a_profile_counts_from_the_fastest_of_each_seed(mine: str) -> None:
+    # adamw needs 2 steps to each of its scores, muon 1 where 4 is enough.
+    found = planted(mine, {"adamw": [4.5, 1.0, 2.0], "muon": [3.0, 1.5, 2.0]})
+    adamw, muon = found.lines
+    adamw.steps |= {0: 1.0}
+    muon.steps |= {0: 0.5}
+    assert profile([found]) == {"adamw": [1.0, 1.0, 2.0], "muon": [1.0, 1.0, math.inf]}
+    alone = planted(mine, {"adamw": [1.0]})
+    assert profile([found, alone]) == profile([found])
+    names = [*pictures([replace(found, task=f"{i}") for i in range(6)])]
+    assert names[:2] == ["differences", "profile"]
+    assert "profile" not in pictures([replace(found, task=f"{i}") for i in range(5)])
 
 
 def test_an_edited_task_is_another_task(mine: str, tmp_path: Path) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 
-from examples.compare.summary import Table
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
+from examples.compare.summary import Table, profile
 
 # Okabe and Ito's colours, which most eyes tell apart, and dashes for those that do not.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8a6d1d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+FARTHEST = 4.0  # times the fastest, of performance profiles
+PROFILED = 6  # tasks at least: a profile of fewer is a picture of these
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -42,12 +42,13 @@ def style(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def curves(
     table: Table, axis: str, looks: Mapping[str, Mapping[str, Any]], score: str = "validate"
-) -> Any:
+) -> Figure:
     """The median of validation scores over seeds and their range, by step or by seconds.
 
     score: "validate", or of a stream "first": that of its first part all the way.
     """
-    figure, ax = plt.subplots(figsize=(5.2, 3.4))
+    figure = Figure((5.2, 3.4))
+    ax = figure.subplots()
     low, high = [], []
     for line in table.lines:
         points = [[p for p in c if score in p] for c in line.curves]
@@ -79,9 +80,10 @@ def curves(
     return figure
 
 
-def sensitivity(table: Table, looks: Mapping[str, Mapping[str, Any]]) -> Any:
+def sensitivity(table: Table, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
     """The score at the end against the learning rate, of the trials that tuned it."""
-    figure, ax = plt.subplots(figsize=(5.2, 3.4))
+    figure = Figure((5.2, 3.4))
+    ax = figure.subplots()
     scores = [s for line in table.lines for s in line.tried.values() if s is not None]
     for line in table.lines:
         good = {lr: s for lr, s in line.tried.items() if s is not None}
@@ -104,10 +106,11 @@ def sensitivity(table: Table, looks: Mapping[str, Mapping[str, Any]]) -> Any:
     return figure
 
 
-def differences(found: Sequence[Table], looks: Mapping[str, Mapping[str, Any]]) -> Any:
+def differences(found: Sequence[Table], looks: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Paired differences to the reference with their intervals, as shares of its score."""
     rows = [(t, line) for t in found for line in t.lines if line.difference is not None]
-    figure, ax = plt.subplots(figsize=(6.4, 0.8 + 0.28 * max(1, len(rows))))
+    figure = Figure((6.4, 0.8 + 0.28 * max(1, len(rows))))
+    ax = figure.subplots()
     for place, (table, line) in enumerate(rows):
         own = next(x for x in table.lines if x.difference is None)
         scale = abs(own.mean.mean) or 1.0
@@ -127,12 +130,33 @@ def differences(found: Sequence[Table], looks: Mapping[str, Mapping[str, Any]]) 
     return figure
 
 
-def matrices(table: Table) -> Any:
+def profiles(
+    ratios: Mapping[str, Sequence[float]], looks: Mapping[str, Mapping[str, Any]]
+) -> Figure:
+    """The share of trainings that reach the target within so many times the fastest's steps."""
+    figure = Figure((5.2, 3.4))
+    ax = figure.subplots()
+    for label, values in ratios.items():
+        shares = np.arange(len(values) + 1) / len(values)
+        inside = [x for x in values if x <= FARTHEST]
+        x = [1.0, *inside, FARTHEST]
+        y = [0.0, *shares[1 : len(inside) + 1], shares[len(inside)]]
+        ax.step(x, y, where="post", label=short(label), **looks[label])
+    ax.set(xscale="log", xlim=(0.98, FARTHEST), ylim=(0, 1.03), ylabel="share of trainings")
+    ax.set_xticks([1, 2, 4], ["1", "2", "4"])
+    ax.minorticks_off()
+    ax.set(
+        xlabel="steps to target, to the fastest's", title="Performance profile (higher is better)"
+    )
+    ax.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def matrices(table: Table) -> Figure:
     """Scores on each part (across) after learning each part (down)."""
     shown = [line for line in table.lines if line.matrix]
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(2.6 * len(shown) + 0.4, 2.9), squeeze=False, sharey=True
-    )
+    figure = Figure((2.6 * len(shown) + 0.4, 2.9))
+    axes = figure.subplots(1, len(shown), squeeze=False, sharey=True)
     values = np.array([line.matrix for line in shown])
     reversed_ = "_r" if table.better == "lower" else ""
     for ax, line in zip(axes[0], shown, strict=True):
@@ -150,13 +174,16 @@ def matrices(table: Table) -> Any:
     return figure
 
 
-def pictures(found: Sequence[Table]) -> dict[str, Any]:
+def pictures(found: Sequence[Table]) -> dict[str, Figure]:
     """All pictures by name; they are drawn under `STYLE`."""
     labels = [*dict.fromkeys(line.label for table in found for line in table.lines)]
     looks, drawn = style(labels), {}
-    with plt.rc_context(STYLE):
+    with mpl.rc_context(STYLE):
         if len(labels) > 1:
             drawn["differences"] = differences(found, looks)
+        ratios = profile(found) if sum(len(t.parts) == 1 for t in found) >= PROFILED else {}
+        if len(labels) > 1 and any(ratios.values()):
+            drawn["profile"] = profiles(ratios, looks)
         for table in found:
             name = file_name(table.task)
             drawn[f"{name}-steps"] = curves(table, "step", looks)
@@ -179,26 +206,21 @@ def short(name: str, most: int = 28) -> str:
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
-def svg(figure: Any) -> str:
+def svg(figure: Figure) -> str:
     """The picture as text that can stand within a page."""
     text = io.StringIO()
-    with plt.rc_context(STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue().split("?>", 1)[1].split(">", 1)[1].strip()
 
 
-def save(drawn: Mapping[str, Any], folder: Path) -> None:
+def save(drawn: Mapping[str, Figure], folder: Path) -> None:
     """Each picture as PNG and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
+    with mpl.rc_context(STYLE):
         for name, figure in drawn.items():
             figure.savefig(folder / f"{name}.png", dpi=150)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-
-
-def close(drawn: Mapping[str, Any]) -> None:
-    for figure in drawn.values():
-        plt.close(figure)
 
 
 def _limit(ax: Any, low: float, high: float) -> None:

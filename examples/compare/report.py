@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deepopt import replacing
 from examples.compare import figures
-from examples.compare.stats import Interval, figure
+from examples.compare.stats import Interval, figure, geometric
 from examples.compare.study import Plan
 from examples.compare.summary import Line, Table, overall
 from examples.settings import processor
@@ -35,15 +35,12 @@ COLUMNS = (
 def write(plan: Plan, found: Sequence[Table], folder: Path) -> None:
     """report.html, report.md, summary.csv, and pictures/ as PNG and SVG."""
     drawn = figures.pictures(found)
-    try:
-        figures.save(drawn, folder / "pictures")
-        texts = {
-            "report.html": page(plan, found, {k: figures.svg(v) for k, v in drawn.items()}),
-            "report.md": markdown(plan, found),
-            "summary.csv": table_csv(found),
-        }
-    finally:
-        figures.close(drawn)
+    figures.save(drawn, folder / "pictures")
+    texts = {
+        "report.html": page(plan, found, {k: figures.svg(v) for k, v in drawn.items()}),
+        "report.md": markdown(plan, found),
+        "summary.csv": table_csv(found),
+    }
     for name, text in texts.items():
         with replacing(folder / name) as file:
             file.write(text.encode())
@@ -59,8 +56,8 @@ def cells(table: Table, line: Line) -> list[str]:
         *(line.label, lr, _words(line.mean) + some),
         "–" if d is None else f"**{_words(d)}**" if d.apart else _words(d),
         "–" if math.isnan(line.rank) else f"{line.rank:g}",
-        _share(line.steps, line),
-        _share(line.seconds, line),
+        _share(line.steps),
+        _share(line.seconds),
         "–" if math.isnan(line.sensitivity) else figure(line.sensitivity),
         f"{line.step_ms:.1f} / {line.optimizer_ms:.1f}",
         f"{line.state:.2f}" + ("" if math.isnan(line.peak) else f", {line.peak:.0f} MB on the GPU"),
@@ -96,10 +93,10 @@ def table_csv(found: Sequence[Table]) -> str:
     writer.writerow(names)
     for table in found:
         for x in table.lines:
-            d, s, t = x.difference, x.steps, x.seconds
+            d, (s, missed), (t, _) = x.difference, _target(x.steps), _target(x.seconds)
             row = [table.task, x.label, x.lr, table.metric, x.mean.mean, x.mean.low, x.mean.high]
             row += [d.mean, d.low, d.high] if d else ["", "", ""]
-            row += [x.rank, s.mean if s else "", t.mean if t else "", x.missed, x.sensitivity]
+            row += [x.rank, s.mean if s else "", t.mean if t else "", missed, x.sensitivity]
             row += [x.step_ms, x.optimizer_ms, x.state, x.diverged, len(x.test), x.trials]
             writer.writerow(row)
     return out.getvalue()
@@ -176,8 +173,9 @@ def page(plan: Plan, found: Sequence[Table], drawn: Mapping[str, str]) -> str:
     body = [f"<h1>{escape(title(found))}</h1>"]
     if len(found) > 1:
         body.append("<h2>All tasks</h2>" + _html(OVERALL, _overall(found), {}))
-    if "differences" in drawn:
-        body.append(_figures({"differences": drawn["differences"]}))
+    first = {name: drawn[name] for name in ("differences", "profile") if name in drawn}
+    if first:
+        body.append(_figures(first))
     for table in found:
         rows = [cells(table, line) for line in table.lines]
         best = {i for i, line in enumerate(table.lines) if line.rank == 1}
@@ -254,8 +252,15 @@ def _pipes(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(x.replace('|', '¦') for x in line)} |" for line in lines]
 
 
-def _share(found: Interval | None, line: Line) -> str:
-    missed = f" ({line.missed} missed)" if line.missed else ""
+def _target(ratios: Mapping[int, float]) -> tuple[Interval | None, int]:
+    """The geometric mean over the seeds that reached the target, and how many did not."""
+    good = [ratios[seed] for seed in sorted(ratios) if math.isfinite(ratios[seed])]
+    return geometric(good) if good else None, len(ratios) - len(good)
+
+
+def _share(ratios: Mapping[int, float]) -> str:
+    found, count = _target(ratios)
+    missed = f" ({count} missed)" if count else ""
     return f"–{missed}" if found is None else f"{_words(found)} ×{missed}"
 
 

@@ -73,14 +73,13 @@ def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval:
     return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
 
 
-def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval:
-    """The geometric mean of ours / theirs over the seeds that both have; both are positive."""
-    logs = {s: math.log(ours[s] / theirs[s]) for s in ours.keys() & theirs.keys()}
-    found = interval([logs[s] for s in sorted(logs)])
-    if not math.isfinite(found.low):
-        return Interval(math.exp(found.mean), found.low, found.high, len(logs))
-    low, high = (math.exp(min(x, 700)) for x in (found.low, found.high))
-    return Interval(math.exp(found.mean), low, high, len(logs))
+def geometric(ratios: Sequence[float]) -> Interval:
+    """Of the geometric mean of positive values."""
+    found = interval([math.log(x) for x in ratios])
+    low, high = found.low, found.high
+    if math.isfinite(low):
+        low, high = (math.exp(min(x, 700)) for x in (low, high))
+    return Interval(math.exp(found.mean), low, high, found.count)
 
 
 def reached(

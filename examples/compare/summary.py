@@ -18,10 +18,10 @@ Curve = list[Mapping[str, Any]]
 class Line:
     """A contender on a task.
 
-    test: of each seed. difference: to the reference, in pairs. steps, seconds: to the reference's
-    validation score at its end, seed by seed, to what it took itself to be as good first, of the
-    seeds that got there; `missed` did not. sensitivity: see `stats.sensitivity`. tried: rates
-    and their scores.
+    test: of each seed. difference: to the reference, in pairs. steps, seconds: of each seed, to
+    the reference's validation score at its end, as a share of what it took itself to be as good
+    first; infinite where it never was. sensitivity: see `stats.sensitivity`. tried: rates and their
+    scores.
     """
 
     label: str
@@ -34,9 +34,8 @@ class Line:
     rank: float
     seeds: int  # asked for; `diverged` of them have no score
     diverged: int
-    steps: Interval | None
-    seconds: Interval | None
-    missed: int
+    steps: dict[int, float]
+    seconds: dict[int, float]
     sensitivity: float
     tried: dict[float, float | None]
     curves: list[Curve]
@@ -93,8 +92,6 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
         test = _scores(found)
         # On the way through a stream a score is that of another part.
         whole = {} if len(problem.parts) > 1 else found
-        steps, missed = _reached(whole, own, better, "step")
-        seconds, _ = _reached(whole, own, better, "seconds")
         plain = entry.contender.variants()[0]
         tuned = {t.lr: i for i, t in entry.tuning.items() if t.settings == plain and i in rows}
         tried = {lr: rows[i]["validate"] for lr, i in tuned.items()}
@@ -115,9 +112,8 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
                 diverged=seeds
                 if entry.lr is None and entry.edge  # at all rates, so that none was chosen
                 else sum(r["status"] == "diverged" for r in found.values()),
-                steps=steps,
-                seconds=seconds,
-                missed=missed,
+                steps=_reached(whole, own, better, "step"),
+                seconds=_reached(whole, own, better, "seconds"),
                 sensitivity=stats.sensitivity(tried, start, better) if tried else math.nan,
                 tried=dict(sorted(tried.items())),
                 curves=[r["curve"] for r in good],
@@ -167,6 +163,25 @@ def overall(found: Sequence[Table]) -> dict[str, tuple[float, int, int, int]]:
     return summary
 
 
+def profile(found: Sequence[Table]) -> dict[str, list[float]]:
+    """Of each contender, its steps to target by those of the fastest, sorted; inf: not reached.
+
+    Of all tasks but streams and all seeds that everyone trained on: a performance profile.
+    """
+    labels = dict.fromkeys(line.label for table in found for line in table.lines)
+    ratios: dict[str, list[float]] = {label: [] for label in labels}
+    for table in found:
+        lines = {line.label: line.steps for line in table.lines}
+        if {*lines} != {*labels}:
+            continue
+        for seed in set.intersection(*map(set, lines.values())):
+            fastest = min(steps[seed] for steps in lines.values())
+            for label, steps in lines.items():
+                late = math.isinf(steps[seed])
+                ratios[label].append(math.inf if late else steps[seed] / fastest)
+    return {label: sorted(values) for label, values in ratios.items()}
+
+
 def _verdict(table: Table, line: Line) -> int:
     if line.difference is None or len(line.test) + line.diverged < line.seeds:
         return 0
@@ -191,24 +206,22 @@ def _reached(
     reference: Mapping[int, Mapping[str, Any]],
     better: str,
     axis: str,
-) -> tuple[Interval | None, int]:
+) -> dict[int, float]:
     """Where the reference's score at its end is first reached, to where it reaches it itself first.
 
-    Of the seeds that get there, and how many do not. Where the reference is that good untrained
-    there is nothing to compare.
+    Where the reference is that good untrained there is nothing to compare.
     """
-    ours, theirs = {}, {}
+    ratios = {}
     pairs = {s: (row, reference[s]) for s, row in found.items() if s in reference}
     pairs = {s: (a, b) for s, (a, b) in pairs.items() if b["status"] == "finished"}
-    missed = 0
     for seed, (row, other) in pairs.items():
         goal = other["curve"][-1]["validate"]
-        at = [stats.reached(r["curve"], goal, better, axis) for r in (row, other)]
-        if at[0] is None or row["status"] == "diverged":
-            missed += 1
-        elif at[0] > 0 and at[1]:
-            ours[seed], theirs[seed] = at[0], at[1]
-    return (stats.ratio(ours, theirs) if ours else None), missed
+        own, theirs = (stats.reached(r["curve"], goal, better, axis) for r in (row, other))
+        if own is None or row["status"] == "diverged":
+            ratios[seed] = math.inf
+        elif own > 0 and theirs:
+            ratios[seed] = own / theirs
+    return ratios
 
 
 def _stream(matrices: Sequence[list[list[float]]], better: Any) -> dict[str, Interval]:
