@@ -22,7 +22,7 @@ from torch import nn
 
 from deepopt import rules
 from examples.compare import __main__ as command
-from examples.compare import contenders, registry, report, search, stats, workers
+from examples.compare import contenders, registry, report, search, stats
 from examples.compare.contenders import contender
 from examples.compare.figures import pictures
 from examples.compare.ledger import Ledger, read
@@ -32,6 +32,7 @@ from examples.compare.study import LEDGER, Plan, Study
 from examples.compare.summary import overall, profile, tables
 from examples.compare.tasks import TASKS
 from examples.compare.trial import Trial, run, stepper
+from examples.workers import side_by_side
 
 # The search for a learning rate
 
@@ -503,7 +504,7 @@ def test_problems_that_cannot_be_are_explained(wrong: dict[str, Any], message: s
 # Processes
 
 
-def odd(item: int, tell: Any) -> int:
+def odd(item: int, tell: Any, stop: Any) -> int:
     tell(item, "begun")
     if item == 2:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -514,11 +515,32 @@ def odd(item: int, tell: Any) -> int:
 
 def test_a_process_that_dies_takes_only_its_item_along() -> None:
     said: list[Any] = []
-    done = workers.side_by_side(range(6), odd, 2, heard=lambda *x: said.append(x))
+    done = side_by_side(range(6), odd, 2, heard=lambda *x: said.append(x))
     assert done.results == {0: 0, 1: 10, 4: 40, 5: 50}
     assert done.errors[3] == "ZeroDivisionError: three"
     assert "was killed by signal 9" in done.errors[2]
     assert (5, 5, "begun") in said and not done.stopped
+
+
+def patient(item: int, tell: Any, stop: Any) -> int | None:
+    if item == 0:
+        return 7
+    tell("begun")
+    while not stop():
+        time.sleep(0.01)
+    return None
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_wish_to_stop_reaches_every_process(jobs: int) -> None:
+    begun: list[int] = []
+    done = side_by_side(
+        *(range(5), patient, jobs),
+        heard=lambda index, word: begun.append(index),
+        stop=lambda: len(begun) >= jobs,
+    )
+    assert done.stopped and (done.results, done.errors) == ({0: 7}, {})
+    assert sorted(begun) == [1, 2][:jobs]
 
 
 # Studies
@@ -609,7 +631,7 @@ def test_a_killed_process_is_told_of_and_its_trial_comes_again(
     fuse.touch()
     asked = ["run", f"{mine}:fuse={fuse}", *OPTIONS, "--out", str(out), "--jobs", "2"]
     assert command.main(asked) == 1
-    assert "was killed by signal 9; the same command tries again" in capsys.readouterr().err
+    assert "was killed by signal 9; the same command goes on" in capsys.readouterr().err
     assert len(read(out / LEDGER)) == 11
     assert command.main([*asked, "--jobs", "1"]) == 0
     assert len(read(out / LEDGER)) == 12

@@ -233,7 +233,7 @@ def test_a_killed_process_is_told_of_and_goes_on_bit_for_bit(tmp_path: Path) -> 
     out = tmp_path / "killed"
     outcome = jobs.work(trials, out, MAKERS, jobs=2, interval=0)
     assert outcome.errors == {
-        killed: "its process was killed by signal 9; the same command goes on from its checkpoint"
+        killed: "its process was killed by signal 9; the same command goes on"
     }
     assert [*outcome.results] == [calm] and not outcome.stopped and not fuse.exists()
     assert not (out / killed / "result.json").exists()

@@ -19,9 +19,9 @@ from examples.compare.contenders import Contender, contender, imported
 from examples.compare.ledger import Ledger
 from examples.compare.registry import make_problem
 from examples.compare.trial import Trial, run, stepper
-from examples.compare.workers import side_by_side
 from examples.hope.checkpoint import Stop
 from examples.hope.report import Progress
+from examples.workers import side_by_side
 
 TUNING_SEED = 1000  # far from the seeds that are reported, 0, 1, …
 TUNING_PARTS = 3  # of a stream: a rate tuned on its end would know what comes
@@ -269,10 +269,11 @@ def estimate(study: Study, rows: Rows, jobs: int, steps: int = 3) -> float:
     return total / jobs
 
 
-def work(trial: Trial, tell: Callable[..., None]) -> dict[str, Any]:
+def work(
+    trial: Trial, tell: Callable[..., None], stop: Callable[[], bool]
+) -> dict[str, Any] | None:
     """What a process does with a trial."""
-    problem = make_problem(trial.task, trial.options, trial.seed)
-    return run(trial, problem, tell)
+    return run(trial, make_problem(trial.task, trial.options, trial.seed), tell, stop)
 
 
 def conduct(study: Study, folder: Path, jobs: int) -> tuple[list[str], bool]:

@@ -88,8 +88,13 @@ OVERFLOW = (
 )
 
 
-def run(trial: Trial, problem: Problem, tell: Tell = lambda step, score: None) -> dict[str, Any]:
-    """Train and score; the result as JSON has it.
+def run(
+    trial: Trial,
+    problem: Problem,
+    tell: Tell = lambda step, score: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Train and score; the result as JSON has it, None if `stop` ended it early.
 
     A loss, gradient or score that is not finite ends the trial as "diverged"; it has no scores.
     """
@@ -97,12 +102,14 @@ def run(trial: Trial, problem: Problem, tell: Tell = lambda step, score: None) -
     parts = list(problem.parts)[: trial.parts]
     problem = replace(problem, parts=parts, steps=trial.steps or problem.steps)
     training = stepper(problem, trial)
-    course = Course(problem, training, max(1, problem.total // trial.points), tell)
+    course = Course(problem, training, max(1, problem.total // trial.points), tell, stop)
     reason = ""
     try:
         good = course.learn()
     except OVERFLOW as error:
         good, reason = False, f"{type(error).__name__}: {error}"
+    if good is None:
+        return None
     found: dict[str, Any] = {
         "status": "finished" if good else "diverged",
         "diverged_at": None if good else course.step,
@@ -128,21 +135,31 @@ def run(trial: Trial, problem: Problem, tell: Tell = lambda step, score: None) -
 class Course:
     """What a training goes through: its steps, and the scores on the way and after each part."""
 
-    def __init__(self, problem: Problem, training: Stepper, every: int, tell: Tell) -> None:
-        self._problem, self._training, self._every, self._tell = problem, training, every, tell
+    def __init__(
+        self,
+        problem: Problem,
+        training: Stepper,
+        every: int,
+        tell: Tell,
+        stop: Callable[[], bool],
+    ) -> None:
+        self._problem, self._training, self._every = problem, training, every
+        self._tell, self._stop = tell, stop
         self._losses: list[float] = []
         self.step = 0
         self.wall, self.cpu = Clock(), Clock(time.process_time)
         self.curve: list[dict[str, float | None]] = []
         self.matrix: dict[str, list[list[float]]] = {"validate": [], "test": []}
 
-    def learn(self) -> bool:
-        """All parts in turn; False where something was not finite."""
+    def learn(self) -> bool | None:
+        """All parts in turn; False where something was not finite, None where it was stopped."""
         parts = self._problem.parts
         if not self._point(parts[0]):
             return False
         for index, part in enumerate(parts):
             for inside in range(1, self._problem.steps + 1):
+                if self._stop():
+                    return None
                 batch = next(part.batches)
                 with self.wall, self.cpu:
                     loss = self._training.step(batch)
