@@ -14,6 +14,7 @@ from examples.compare import figures
 from examples.compare.stats import Interval, figure, geometric
 from examples.compare.study import Plan
 from examples.compare.summary import Line, Table, overall
+from examples.hope.table import pipes
 from examples.settings import processor
 
 COLUMNS = (
@@ -70,13 +71,13 @@ def markdown(plan: Plan, found: Sequence[Table]) -> str:
     """The whole report without its pictures."""
     text = ["# " + title(found), ""]
     if len(found) > 1:
-        text += ["## All tasks", "", *_pipes(OVERALL, _overall(found)), ""]
+        text += ["## All tasks", "", pipes(OVERALL, _overall(found))]
     for table in found:
         text += [f"## {table.task}", "", caption(table), ""]
         heads = [name for name, _ in COLUMNS]
-        text += [*_pipes(heads, [cells(table, line) for line in table.lines]), ""]
+        text += [pipes(heads, [cells(table, line) for line in table.lines])]
         if rows := _of_stream(table):
-            text += [*_pipes(rows[0], rows[1:]), ""]
+            text += [pipes(rows[0], rows[1:])]
     text += ["## Conditions", "", *(f"- {line}" for line in conditions(plan, found)), ""]
     text += [*(f"- {name}: {about}." for name, about in COLUMNS), ""]
     return "\n".join(text)
@@ -245,11 +246,6 @@ def _bold(text: str) -> str:
 def _code(text: str) -> str:
     parts = escape(text).split("`")
     return "".join(f"<code>{x}</code>" if i % 2 else x for i, x in enumerate(parts))
-
-
-def _pipes(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [list(heads), ["---", *["---:"] * (len(heads) - 1)], *map(list, rows)]
-    return [f"| {' | '.join(x.replace('|', '¦') for x in line)} |" for line in lines]
 
 
 def _target(ratios: Mapping[int, float]) -> tuple[Interval | None, int]:

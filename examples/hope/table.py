@@ -115,11 +115,11 @@ def markdown(
         ]
         for line in table
     ]
-    text = _pipes(head, body, "lrrrrrrrrrr")
+    text = pipes(head, body)
     others = [name for name in _names(table) if name != headline]
     if others:
         cells = [[name, *(f"{x.scores.get(name, nothing)}" for x in table)] for name in others]
-        text += "\n" + _pipes(["score", *(x.label for x in table)], cells, "l" + "r" * len(table))
+        text += "\n" + pipes(["score", *(x.label for x in table)], cells)
     text += "\nMean over seeds ± half the width of its 95 % interval (Student's t). The difference "
     text += "is the mean over the seeds that both models finished. Solved: seeds with a score of "
     text += f"at least {SOLVED}, and Wilson's 95 % interval of their share.\n\n"
@@ -160,7 +160,8 @@ def _names(table: Sequence[Line]) -> list[str]:
     return list(dict.fromkeys(name for line in table for name in line.scores))
 
 
-def _pipes(head: list[str], body: list[list[str]], sides: str) -> str:
-    rule = ["---:" if side == "r" else "---" for side in sides]
+def pipes(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, of names in the first column and figures in the others."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, rule, *body)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
