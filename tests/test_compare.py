@@ -409,6 +409,18 @@ def test_a_trial_in_jax_is_that_in_torch(name: str) -> None:
     np.testing.assert_allclose(*curves, rtol=5e-3)
 
 
+@pytest.mark.parametrize("name", ["adamw", "m3", "dgd"])
+def test_networks_in_jax_are_those_in_torch(name: str) -> None:
+    """And delta gradient descent finds the layers of torch's."""
+    curves = []
+    for backend in ("torch", "jax") if name != "dgd" else ("torch",):
+        trial = Trial("cancer", {}, name, {}, 0.003, 0, steps=12, points=3)
+        found = run(trial, registry.make_problem("cancer", {"backend": backend}, 0))
+        curves.append([p["validate"] for p in found["curve"]])
+    np.testing.assert_allclose(curves[0], curves[-1], rtol=5e-3)
+    assert curves[0][-1] < curves[0][0] / 1.05
+
+
 def test_a_gradient_that_is_no_number_ends_a_trial() -> None:
     problem = make_line(0)
     whole = problem.loss

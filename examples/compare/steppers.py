@@ -146,7 +146,10 @@ def optimizers(
             return [Optimizer(model, rule)]
         needs_layers = bool(rule.context((2, 2)))
         if needs_layers:  # they are told apart by the module
-            return [Optimizer(model, rule, fallback=adamw(rest or lr))]
+            names = {id(p): name for name, p in model.named_parameters()}
+            seen = {names[id(p)]: view for view, own in views.items() for p in own}
+            other = None if rest is None else adamw(rest)
+            return [Optimizer(model, rule, views=seen, fallback=other)]
         groups: list[dict[str, Any]] = [
             {"params": p, "rule": rule, "seen_as": view} for view, p in views.items() if p
         ]

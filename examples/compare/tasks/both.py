@@ -20,12 +20,33 @@ class Weights(nn.ParameterDict):
         return {"flatten": [p for p in self.parameters() if p.ndim > 1]}
 
 
+class Network(nn.Sequential):
+    """Linear layers with rectifiers between, of `mlp`'s arrays."""
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        layers: list[nn.Module] = []
+        for i in range(len(arrays) // 2):
+            w, b = (torch.from_numpy(_single(arrays[f"{k}{i}"])) for k in "wb")
+            layer = nn.Linear(w.shape[0], w.shape[1])
+            layer.weight.data, layer.bias.data = w.T.contiguous(), b
+            layers += [layer, nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+    def hidden_matrices(self) -> dict[str, list[Tensor]]:
+        """All weights, the last ones too: as JAX sees them."""
+        return {"flatten": [p for p in self.parameters() if p.ndim > 1]}
+
+
 class Library(NamedTuple):
-    """The few functions that the two spell differently; arrays have operators in common."""
+    """The few functions that the two spell differently; arrays have operators in common.
+
+    network: a model of the weights [in, out] and biases of `mlp`. forward: what it answers to rows.
+    """
 
     array: Callable[[Array], Any]
     weights: Callable[[Mapping[str, Array]], Any]
-    relu: Callable[[Any], Any]
+    network: Callable[[Mapping[str, Array]], Any]
+    forward: Callable[[Any, Any], Any]
     sin: Callable[[Any], Any]
     nats: Callable[[Any, Any], Any]  # logits [B, C], classes [B]: mean cross-entropy
 
@@ -38,7 +59,8 @@ def library(backend: Backend) -> Library:
             weights=lambda x: Weights(
                 {k: nn.Parameter(torch.from_numpy(_single(v))) for k, v in x.items()}
             ),
-            relu=torch.relu,
+            network=Network,
+            forward=lambda model, x: model(x),
             sin=torch.sin,
             nats=nn.functional.cross_entropy,
         )
@@ -51,10 +73,20 @@ def library(backend: Backend) -> Library:
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), classes[:, None], 1)
         return -chosen.mean()
 
+    def weights(arrays: Mapping[str, Array]) -> Any:
+        return {k: jnp.asarray(_single(v)) for k, v in arrays.items()}
+
+    def forward(model: Any, x: Any) -> Any:
+        last = len(model) // 2 - 1
+        for i in range(last):
+            x = jax.nn.relu(x @ model[f"w{i}"] + model[f"b{i}"])
+        return x @ model[f"w{last}"] + model[f"b{last}"]
+
     return Library(
         array=lambda x: jnp.asarray(_single(x)),
-        weights=lambda x: {k: jnp.asarray(_single(v)) for k, v in x.items()},
-        relu=jax.nn.relu,
+        weights=weights,
+        network=weights,
+        forward=forward,
         sin=jnp.sin,
         nats=nats,
     )

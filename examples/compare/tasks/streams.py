@@ -9,7 +9,7 @@ import numpy as np
 
 from examples.compare.problem import Backend, Part, Problem
 from examples.compare.tasks.both import Array, at_least, library, score, shuffled
-from examples.compare.tasks.tables import forward, load, mlp, split
+from examples.compare.tasks.tables import load, mlp, split
 
 HASHED = 2048  # inputs that n-grams of characters are hashed into
 
@@ -123,13 +123,13 @@ def _classes(
     steps: int,
     backend: Backend,
 ) -> Problem:
-    xp, count = library(backend), len(sizes) - 1
+    xp = library(backend)
 
     def loss(model: Any, rows: Any) -> Any:
-        return xp.nats(forward(xp, model, rows[0], count), rows[1])
+        return xp.nats(xp.forward(model, rows[0]), rows[1])
 
     def right(model: Any, rows: Any) -> float:
-        hits = forward(xp, model, rows[0], count).argmax(-1) == rows[1]
+        hits = xp.forward(model, rows[0]).argmax(-1) == rows[1]
         return hits.sum() / len(hits)
 
     def part(index: int) -> Part:
@@ -141,7 +141,7 @@ def _classes(
         )
 
     return Problem(
-        xp.weights(mlp(seed, sizes)),
+        xp.network(mlp(seed, sizes)),
         *(loss, [part(i) for i in range(len(data))], steps),
         metric="accuracy",
         better="higher",

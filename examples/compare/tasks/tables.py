@@ -49,14 +49,6 @@ def mlp(seed: int, sizes: Sequence[int]) -> dict[str, Array]:
     return found
 
 
-def forward(xp: Library, model: Any, x: Any, layers: int) -> Any:
-    """What the network of `mlp` answers to rows."""
-    for i in range(layers):
-        x = x @ model[f"w{i}"] + model[f"b{i}"]
-        x = xp.relu(x) if i + 1 < layers else x
-    return x
-
-
 def digits(
     seed: int = 0, width: int = 128, batch: int = 32, steps: int = 400, backend: Backend = "torch"
 ) -> Problem:
@@ -81,7 +73,7 @@ def diabetes(
     rows = split(xp.array(x), xp.array(y))
 
     def loss(model: Any, rows: Any) -> Any:
-        return ((forward(xp, model, rows[0], 3) - rows[1]) ** 2).mean()
+        return ((xp.forward(model, rows[0]) - rows[1]) ** 2).mean()
 
     sizes = 10, width, width, 1
     found = _problem("diabetes", xp, seed, sizes, batch, steps, loss, rows)
@@ -94,10 +86,9 @@ def _classes(
     at_least(width=(min(sizes), 1))
     xp, (x, y) = library(backend), load(name)
     rows = split(xp.array(x), xp.array(y))
-    count = len(sizes) - 1
 
     def loss(model: Any, rows: Any) -> Any:
-        return xp.nats(forward(xp, model, rows[0], count), rows[1])
+        return xp.nats(xp.forward(model, rows[0]), rows[1])
 
     return _problem(name, xp, seed, sizes, batch, steps, loss, rows)
 
@@ -116,4 +107,4 @@ def _problem(
     batches = shuffled(np.random.default_rng([seed, 1]), batch, *train)
     part = Part(batches, score(lambda m: loss(m, valid)), score(lambda m: loss(m, test)))
     record = {"task": name, "sizes": list(sizes), "batch": batch}
-    return Problem(xp.weights(mlp(seed, sizes)), loss, [part], steps, metric="nats", record=record)
+    return Problem(xp.network(mlp(seed, sizes)), loss, [part], steps, metric="nats", record=record)
