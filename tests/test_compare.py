@@ -361,6 +361,11 @@ def test_rules_of_matrices_need_some() -> None:
             optimizers(vectors, contender(name, "torch"), 0.1, {}, 0.1)
 
 
+def test_rules_that_need_the_inputs_of_layers_are_for_torch() -> None:
+    with pytest.raises(ValueError, match="dgd needs the inputs of layers, which studies record in"):
+        Study(Plan([("t", "digits", {"backend": "jax"})], ["dgd"]))
+
+
 # Trials
 
 

@@ -209,7 +209,13 @@ class Jax:
             return lambda count: rate * factors[jax.numpy.minimum(count, total - 1)]
 
         if contender.kind == "rule":
-            own = jax_backend.transform(contender.make(lr, settings)(), lr=at(lr))
+            rule = contender.make(lr, settings)()
+            if rule.context((2, 2)):
+                raise ValueError(
+                    f"{contender.label} needs the inputs of layers, which studies record in torch "
+                    "only: a task whose model is an nn.Module"
+                )
+            own = jax_backend.transform(rule, lr=at(lr))
         else:
             own = contender.make(at(lr), settings)()
         if rest is not None:
