@@ -713,6 +713,14 @@ def planted(mine: str, scores: dict[str, list[float | None]], **more: Any) -> An
     return found
 
 
+def test_contenders_take_turns(mine: str) -> None:
+    plan = Plan([("t", mine, {})], ["adamw", "muon"], seeds=2, lr={"adamw": 0.1, "muon": 0.1})
+    trials = Study(plan).following({})
+    assert [(t.optimizer, t.seed) for t in trials] == [
+        *[("adamw", 0), ("muon", 0), ("adamw", 1), ("muon", 1)]
+    ]
+
+
 def test_what_diverged_is_no_winner(mine: str) -> None:
     found = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5, 0.5, None], "m3": [3.0] * 3})
     assert {x.label: x.rank for x in found.lines} == {"adamw": 1.0, "m3": 2.0, "muon": 3.0}

@@ -162,10 +162,12 @@ class Study:
         )
 
     def following(self, rows: Rows) -> list[Trial]:
-        """The trials that can be done now; none when the study is done."""
-        found: list[Trial] = []
-        for entry in self.entries:
-            found += self._of(entry, rows)
+        """The trials that can be done now; none when the study is done.
+
+        Seed by seed, so that what else a machine does slows all contenders alike.
+        """
+        found = [trial for entry in self.entries for trial in self._of(entry, rows)]
+        found.sort(key=lambda trial: trial.seed)
         return list({trial.id(): trial for trial in found}.values())
 
     def _of(self, entry: Entry, rows: Rows) -> Iterator[Trial]:
