@@ -10,6 +10,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
+MOST = 40  # names in a hint
+
 # The kind of a default, what may be given in its place, and how to say so.
 KINDS: tuple[tuple[type, Any, str], ...] = (
     (bool, bool, "true or false"),
@@ -87,8 +89,10 @@ def processor() -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """A hint at what `name` may have meant."""
-    names = list(names)
-    near = difflib.get_close_matches(name, names, 3)
+    spelt = {x.lower(): x for x in names}
+    if not spelt:
+        return "there are none"
+    near = difflib.get_close_matches(name.lower(), spelt, 3, 0.5)
     if near:
-        return "did you mean " + " or ".join(map(repr, near)) + "?"
-    return "there are " + ", ".join(names)
+        return "did you mean " + " or ".join(repr(spelt[x]) for x in near) + "?"
+    return "there are " + ", ".join([*spelt.values()][:MOST]) + (", …" if len(spelt) > MOST else "")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from examples.blame import told
 from examples.hope.checkpoint import Stop
 
 OFTEN = 0.2  # seconds until a wish to stop is noticed
@@ -150,7 +151,7 @@ def _outcome(
     try:
         return "result", work(item, tell, stop)
     except expected as error:
-        return "error", f"{type(error).__name__}: {error}"
+        return "error", told(error)
 
 
 def _note(

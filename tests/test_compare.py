@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,7 @@ from examples.compare.ledger import Ledger, read
 from examples.compare.problem import Part, Problem
 from examples.compare.steppers import factor, optimizers
 from examples.compare.study import LEDGER, Plan, Study
-from examples.compare.summary import overall, profile, tables
+from examples.compare.summary import overall, profile, tables, verdict
 from examples.compare.tasks import TASKS
 from examples.compare.trial import Trial, run, stepper
 from examples.workers import side_by_side
@@ -64,6 +64,7 @@ def test_a_search_of_seven_trials_comes_near(best: float) -> None:
     found = search.best_rate(scores, "lower")
     assert found is not None and abs(math.log10(found / best)) < 0.3
     assert not search.at_edge(scores, "lower")
+    assert search.at_edge({0.1: 1.0, 1.0: 0.5}, "lower") and search.at_edge({0.1: None}, "lower")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -117,6 +118,8 @@ def test_what_is_better_is_found_and_copies_are_not_told_apart(
 def test_pairs_are_those_that_both_have() -> None:
     assert stats.paired({0: 1.0, 1: 2.0, 5: 9.0}, {0: 0.5, 1: 1.5}).mean == 0.5
     assert stats.paired({0: 1.0, 1: 2.0, 5: 9.0}, {0: 0.5, 1: 1.5}).count == 2
+    assert stats.paired({5: 9.0, 1: 2.0}, {1: 1.5, 0: 0.5}).mean == 0.5
+    assert not stats.interval([1.0, 1.001]).apart and stats.interval([1.0, 1.001, 1.0]).apart
     ratio = stats.geometric([0.5, 2.0])
     assert ratio.mean == pytest.approx(1.0) and ratio.low < 0.5 < 2 < ratio.high
     assert stats.geometric([0.25]).mean == 0.25 and math.isnan(stats.geometric([]).mean)
@@ -131,6 +134,8 @@ def test_targets_sensitivities_and_ranks() -> None:
     # Half of the way to 1.5, and to what diverged: that is no worse than the untrained model.
     tried: dict[float, float | None] = {0.1: 1.5, 1.0: 1.0, 10.0: None}
     assert stats.sensitivity(tried, 2.0, "lower") == pytest.approx((0.25 + 0.5) / 2)
+    tried[0.1] = 9.0  # as is one that ends worse than it
+    assert stats.sensitivity(tried, 2.0, "lower") == pytest.approx((0.5 + 0.5) / 2)
     assert math.isnan(stats.sensitivity({0.1: 0.5, 1.0: 0.9}, 0.1, "higher"))
     assert math.isnan(stats.sensitivity({0.1: None, 1.0: None}, 0.1, "lower"))
     assert stats.ranks({"a": 2.0, "b": 1.0, "c": 2.0, "d": math.nan}, "lower") == {
@@ -254,6 +259,9 @@ def test_contenders_are_what_was_asked_for() -> None:
         ("m3:momentum=2", "torch", "momentum=2"),
         ("m3:momentum=0.9|2", "torch", "momentum=2"),
         ("torch.optim.AdanW", "torch", "'torch.optim' has no optimizer 'AdanW': did you mean"),
+        ("torch.optim.Adamw", "torch", "has no optimizer 'Adamw': did you mean 'AdamW'"),
+        ("torch.adamww", "torch", "'torch' has no optimizer 'adamww': did you mean 'torch.adamw'"),
+        ("m4", "torch", "no rule is called 'm4': did you mean 'm3'"),
         ("torch.adamw:lr=1", "torch", "lr is what the study tunes"),
         ("torch.adamw:beta=1", "torch", "has no setting 'beta': did you mean 'betas'"),
         ("torch.adamw:amsgrad=1", "torch", "amsgrad=1: true or false"),
@@ -266,9 +274,15 @@ def test_unknown_contenders_are_explained(text: str, backend: Any, message: str)
         contender(text, backend)
 
 
-def test_a_missing_package_is_named() -> None:
-    with pytest.raises(ImportError, match=r"'nowhere\.SOAP' cannot be .*: pip install nowhere"):
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ImportError, match=r"'nowhere\.SOAP' cannot be .*: no module 'nowhere' here"
+    ):
         contender("nowhere.SOAP", "torch")
+    # pip is for names that are known: a misspelt one may be anybody's.
+    monkeypatch.setitem(sys.modules, "heavyball", None)
+    with pytest.raises(ImportError, match="pip install heavyball"):
+        contender("heavyball.ForeachSOAP", "torch")
 
 
 THEIRS = """
@@ -505,8 +519,11 @@ def test_unknown_tasks_are_explained(name: str, options: Any, message: str) -> N
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"parts": []}, "at least one part"),
-        ({"steps": 0}, "steps 0: at least 1"),
+        ({"parts": []}, "parts .*: a list of at least one Part"),
+        ({"parts": Part(iter([]), len)}, "a list of at least one Part"),
+        ({"parts": [Part([1], len)]}, "batches of type list: an endless iterator"),
+        ({"steps": 0}, "steps 0: a whole number, at least 1"),
+        ({"steps": 20.0}, r"steps 20\.0: a whole number"),
         ({"better": "more"}, "better 'more': 'lower' or 'higher'"),
         ({"schedule": "step"}, "schedule 'step': 'cosine'"),
         ({"warmup": 1.0}, "warmup 1.0: a share"),
@@ -534,7 +551,7 @@ def test_a_process_that_dies_takes_only_its_item_along() -> None:
     said: list[Any] = []
     done = side_by_side(range(6), odd, 2, heard=lambda *x: said.append(x))
     assert done.results == {0: 0, 1: 10, 4: 40, 5: 50}
-    assert done.errors[3] == "ZeroDivisionError: three"
+    assert re.fullmatch(r"ZeroDivisionError: three \(test_compare.py:\d+\)", done.errors[3])
     assert "was killed by signal 9" in done.errors[2]
     assert (5, 5, "begun") in said and not done.stopped
 
@@ -704,7 +721,8 @@ def planted(mine: str, scores: dict[str, list[float | None]], **more: Any) -> An
             **{"status": "diverged" if score is None else "finished", "test": score},
             **{"validate": score, "matrix": None, "parts": ["1"], "record": {}, "software": {}},
             **{"seconds": 2.0, "steps": 2, "optimizer_seconds": 1.0, "peak_bytes": None},
-            **{"state_bytes": 8, "parameter_bytes": 4},
+            **{"state_bytes": 8, "parameter_bytes": 4, "asked": asdict(trial)},
+            **{"reason": "a score is inf", "diverged_at": 2},
             "curve": [
                 {"step": i, "seconds": i / 2, "validate": x, "loss": x} for i, x in enumerate(way)
             ],
@@ -732,6 +750,8 @@ def test_what_diverged_is_no_winner(mine: str) -> None:
     found.lines[0].peak = 7.0
     page = report.markdown(Plan([("t", mine, {})], ["adamw"]), [found])
     assert "| 2.00, 7 MB on the GPU |" in page
+    assert "muon diverged on a reported seed (seed 2, lr 0.1: a score is inf at step 2)." in page
+    assert found.lines[1].steps == {0: 1.0, 1: 1.0, 2: math.inf}
     unfinished = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5]})
     assert [str(x.rank) for x in unfinished.lines] == ["1.0", "nan"]
 
@@ -748,6 +768,75 @@ def test_a_reference_is_as_fast_as_itself_and_another_can_be_chosen(mine: str) -
         Plan([("t", mine, {})], ["adamw", "muon"], reference="lion")
 
 
+def test_higher_may_be_better(mine: str) -> None:
+    found = planted(mine, {"adamw": [0.5, 0.51, 0.5], "muon": [0.7, 0.7, 0.72]})
+    assert verdict(found, found.lines[1]) == -1
+    found.better = "higher"
+    assert verdict(found, found.lines[1]) == 1 and verdict(found, found.lines[0]) == 0
+
+
+WRONG = """
+from my_task import make_task
+def raises(seed):
+    raise FileNotFoundError("/data/mine.csv")
+def seedless():
+    return make_task(0)
+def ends(seed):
+    problem = make_task(seed)
+    problem.parts[0].batches = iter([next(problem.parts[0].batches)] * 5)
+    return problem
+def fails(seed):
+    problem = make_task(seed)
+    problem.loss = lambda model, rows: model.nothing
+    return problem
+def hopeless(seed):
+    problem = make_task(seed)
+    loss = problem.loss
+    problem.loss = lambda model, rows: loss(model, rows) * float("nan")
+    return problem
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        (
+            "raises",
+            2,
+            r"task wrong:raises: FileNotFoundError: /data/mine.csv \(wrong.py:4\)",
+        ),
+        ("seedless", 2, "error: task wrong:seedless: it takes no seed"),
+        ("ends", 1, r"adamw, lr [^:]* more trials: the batches ended: they must be endless"),
+        ("fails", 2, r"wrong:fails, adamw: AttributeError: .*'nothing' \(wrong.py:13\)"),
+    ],
+)
+def test_what_a_users_code_does_is_told_with_its_line(
+    mine: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    status: int,
+    message: str,
+) -> None:
+    (tmp_path / "wrong.py").write_text(WRONG)
+    sys.modules.pop("wrong", None)
+    asked = ["run", f"wrong:{name}", *OPTIONS[:2], *OPTIONS[3:], "--out", str(tmp_path / "out")]
+    assert command.main(asked) == status
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_task_that_is_never_finite_is_explained(
+    mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wrong.py").write_text(WRONG)
+    sys.modules.pop("wrong", None)
+    asked = ["run", "wrong:hopeless", *OPTIONS[:2], *OPTIONS[3:], "--out", str(tmp_path / "out")]
+    assert command.main(asked) == 0
+    shown = capsys.readouterr().out
+    assert "adamw diverged at every rate that was tried (seed 1000, lr 0.00032: a loss or" in shown
+    assert "gradient is not finite at step 1, and 2 more)." in shown and "nan" not in shown
+
+
 def test_a_profile_counts_from_the_fastest_of_each_seed(mine: str) -> None:
     # adamw needs 2 steps to each of its scores, muon 1 where 4 is enough.
     found = planted(mine, {"adamw": [4.5, 1.0, 2.0], "muon": [3.0, 1.5, 2.0]})
@@ -762,13 +851,23 @@ def test_a_profile_counts_from_the_fastest_of_each_seed(mine: str) -> None:
     assert "profile" not in pictures([replace(found, task=f"{i}") for i in range(5)])
 
 
-def test_an_edited_task_is_another_task(mine: str, tmp_path: Path) -> None:
+def test_an_edited_task_is_another_task(
+    mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helper, imports = tmp_path / "my_helper.py", "\nfrom my_helper import SCALE\n"
+    helper.write_text("SCALE = 1.0\n")
+    (tmp_path / "my_task.py").write_text(TASK + imports)
+    monkeypatch.setitem(sys.modules, "my_helper", None)
+    del sys.modules["my_helper"]
     plan = Plan([("t", mine, {})], ["adamw"], seeds=1, trials=3)
     before = {t.id() for t in Study(plan).following({})}
     assert before == {t.id() for t in Study(plan).following({})}
     path = tmp_path / "my_task.py"
     path.write_text(path.read_text() + "# edited\n")
-    assert not before & {t.id() for t in Study(plan).following({})}
+    edited = {t.id() for t in Study(plan).following({})}
+    assert not before & edited
+    helper.write_text("SCALE = 2.0\n")  # what it imports counts too
+    assert not edited & {t.id() for t in Study(plan).following({})}
     own = Plan([("t", "cancer", {})], ["adamw"], seeds=1, trials=3)
     assert {t.code for t in Study(own).following({})} == {""}
 
@@ -819,7 +918,8 @@ def test_streams_are_tuned_on_their_beginning(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["run", "digit"], "no task is called 'digit': did you mean 'digits'"),
-        (["run", "nowhere:make"], "task 'nowhere:make': No module named 'nowhere'"),
+        (["run", "nowhere:make"], "task 'nowhere:make': no module 'nowhere' in "),
+        (["run", "my_task.py:make"], "task 'my_task.py:make': without .py, my_task:make"),
         (["run", "digits", "digits"], "task 'digits' is there twice"),
         (["run", "digits", "--optimizers", "m4"], "no rule is called 'm4'"),
         (["run", "digits", "--optimizers", "m3", "m3"], "--optimizers m3 m3: each once"),

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=DEFAULT,
         metavar="NAME",
-        help="rules, as in m3:momentum=0.95 or m3:weight=0|0.1 (a choice to be tuned), or import "
+        help="rules, as in m3:momentum=0.95 or 'm3:weight=0|0.1' (a choice to be tuned), or import "
         "paths, as in torch.optim.AdamW; the first is the reference (default: adamw muon m3)",
     )
     r.add_argument("--seeds", type=int, default=5, help="that are reported (default: 5)")

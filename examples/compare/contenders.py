@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 
 from deepopt import rules
 from deepopt.rule import Rule
+from examples.blame import folder, told
 from examples.compare.problem import Backend
 from examples.settings import check, nearest, row
 
@@ -27,6 +29,11 @@ ORIGINALS = {
     "torch.muon": "torch.optim.Muon",
     "torch.adafactor": "torch.optim.Adafactor",
     "optax.muon": "optax.contrib.muon",
+}
+# What to install for optimizers of others, by the module that is missing.
+PACKAGES = {
+    **{"heavyball": "heavyball", "pytorch_optimizer": "pytorch_optimizer"},
+    **{"schedulefree": "schedulefree", "optax": "optax"},
 }
 RATES = ("lr", "learning_rate")
 USUAL = 1e-3  # where a signature has no learning rate of its own
@@ -124,16 +131,31 @@ def contender(text: str, backend: Backend, decay: float | None = None) -> Conten
 def imported(path: str) -> Any:
     """The object at an import path; ImportError says what was missing."""
     module, _, name = path.rpartition(".")
+    folder()
     try:
         found = import_module(module)
-    except ImportError as error:
-        top = module.partition(".")[0]
-        hint = f"pip install {top}" if error.name == top else f"{error}"
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise ImportError(f"{path!r} cannot be imported: {told(error)}") from error
+        if error.name in PACKAGES:
+            hint = f"pip install {PACKAGES[error.name]}"
+        else:
+            files = [x.stem for x in Path.cwd().glob("*.py")]
+            hint = f"no module {error.name!r} here or installed; {nearest(error.name, files)}"
         raise ImportError(f"{path!r} cannot be imported: {hint}") from error
+    except Exception as error:
+        raise ImportError(f"{path!r} cannot be imported: {told(error)}") from error
     if not callable(getattr(found, name, None)):
-        near = [x for x in vars(found) if not x.startswith("_")]
-        raise ValueError(f"{module!r} has no optimizer {name!r}: {nearest(name, near)}")
+        kinds = {k for k, v in vars(found).items() if _is_optimizer(v)}
+        hint = nearest(name, kinds) if kinds else nearest(path, ORIGINALS)
+        raise ValueError(f"{module!r} has no optimizer {name!r}: {hint}")
     return getattr(found, name)
+
+
+def _is_optimizer(found: Any) -> bool:
+    if isinstance(found, type):
+        return issubclass(found, torch.optim.Optimizer) and found is not torch.optim.Optimizer
+    return inspect.isfunction(found) and rate_name(found) in inspect.signature(found).parameters
 
 
 def rate_name(target: Any) -> str:

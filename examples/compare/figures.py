@@ -84,7 +84,9 @@ def sensitivity(table: Table, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
     """The score at the end against the learning rate, of the trials that tuned it."""
     figure = Figure((5.2, 3.4))
     ax = figure.subplots()
-    scores = [s for line in table.lines for s in line.tried.values() if s is not None]
+    tried = [s for line in table.lines for s in line.tried.values()]
+    scores = [s for s in tried if s is not None]
+    lost = len(scores) < len(tried)
     for line in table.lines:
         good = {lr: s for lr, s in line.tried.items() if s is not None}
         bad = [lr for lr, s in line.tried.items() if s is None]
@@ -100,7 +102,7 @@ def sensitivity(table: Table, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
     if scores:
         _limit(ax, min(scores), max(scores))
     ax.set(xscale="log", xlabel="learning rate", ylabel=table.metric)
-    ax.set_title(f"{short(table.task)}: after tuning (triangles: diverged)")
+    ax.set_title(f"{short(table.task)}: tuning" + (" (▲ diverged)" if lost else ""))
     if ax.lines:
         ax.legend(frameon=False, fontsize=8)
     return figure
@@ -123,9 +125,9 @@ def differences(found: Sequence[Table], looks: Mapping[str, Mapping[str, Any]]) 
         ax.plot(100 * sign * d.mean / scale, place, "o", color=looks[line.label]["color"])
     ax.axvline(0, color="#1f2430", linewidth=0.8)
     ax.set_yticks(range(len(rows)), [f"{short(t.task)}: {short(line.label)}" for t, line in rows])
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     first = next((x.label for t in found for x in t.lines if x.difference is None), "")
-    ax.set(xlabel=f"difference to {first}, % of its score (left is better)")
+    ax.set(xlabel=f"← better      than {short(first)}, by % of its score      worse →")
     ax.set_title("Paired differences, 95 % intervals")
     return figure
 

@@ -57,10 +57,16 @@ class Problem:
     record: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
-        if not self.parts:
-            raise ValueError("parts []: at least one part to learn")
-        if self.steps < 1:
-            raise ValueError(f"steps {self.steps}: at least 1")
+        if isinstance(self.parts, Part) or not self.parts:
+            raise ValueError(f"parts {self.parts!r}: a list of at least one Part to learn")
+        for part in self.parts:
+            if not isinstance(part.batches, Iterator):
+                kind = type(part.batches).__name__
+                raise ValueError(
+                    f"batches of type {kind}: an endless iterator, such as a generator"
+                )
+        if type(self.steps) is not int or self.steps < 1:
+            raise ValueError(f"steps {self.steps!r}: a whole number, at least 1")
         if self.better not in ("lower", "higher"):
             raise ValueError(f"better {self.better!r}: 'lower' or 'higher'")
         if self.schedule not in ("cosine", "linear", "constant"):

@@ -1,10 +1,7 @@
 """Tasks by name, with the options that they take, or a user's own by `module:function`."""
 
 import inspect
-import os
 import random
-import sys
-import traceback
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from examples.blame import blamed, folder
 from examples.compare.problem import Problem
 from examples.settings import check, nearest
 
@@ -39,12 +37,18 @@ def maker(name: str) -> Maker:
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(f"task {name!r}: module:function is asked for, such as my_task:make_task")
-    if os.getcwd() not in sys.path:  # a user's file lies where the command is given
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = import_module(module)
-    except ImportError as error:
-        raise ImportError(f"task {name!r}: {error}") from error
+    if module.endswith(".py"):
+        raise ValueError(f"task {name!r}: without .py, {module.removesuffix('.py')}:{function}")
+    folder()
+    with blamed(f"task {name!r}"):
+        try:
+            found = import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            files = [x.stem for x in Path.cwd().glob("*.py")]
+            hint = f"no module {module!r} in {str(Path.cwd())!r}: {nearest(module, files)}"
+            raise ImportError(hint) from error
     made: Any = getattr(found, function, None)
     if not callable(made):
         own = [k for k, v in vars(found).items() if inspect.isfunction(v)]
@@ -68,15 +72,10 @@ def make_problem(name: str, options: Mapping[str, Any], seed: int) -> Problem:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    try:
+    with blamed(f"task {name}" + (f" {dict(options)}" if options else "")):
+        if "seed" not in parameters:
+            raise TypeError("it takes no seed, which weights and data must follow from")
         found = made(seed=seed, **given)
-    except (OSError, ValueError, ImportError):  # in words for users
-        raise
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(last.filename).name}:{last.lineno}"
-        text = f"task {name} {dict(options) or ''}: {type(error).__name__} {error} ({where})"
-        raise ValueError(text) from error
     if not isinstance(found, Problem):
         raise ValueError(f"task {name!r} gave {type(found).__name__}: a Problem is asked for")
     return found

@@ -5,7 +5,7 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -13,19 +13,25 @@ from deepopt import replacing
 from examples.compare import figures
 from examples.compare.stats import Interval, figure, geometric
 from examples.compare.study import Plan
-from examples.compare.summary import Line, Table, overall
+from examples.compare.summary import Line, Table, overall, verdict
 from examples.hope.table import pipes
 from examples.settings import processor
 
 COLUMNS = (
     ("optimizer", "as it was asked for"),
-    ("lr", "learning rate, and choices, found by tuning; * at the edge of what was tried"),
-    ("score", "mean over seeds on test data, 95 % interval"),
-    ("difference", "to the reference, in pairs of seeds; bold where its interval leaves out 0"),
+    ("lr", "learning rate, and choices; * at the edge of what was tried: give more --trials"),
+    (
+        "score",
+        "mean over seeds on test data; 95 % interval, which few seeds make wide and lopsided",
+    ),
+    (
+        "difference",
+        "to the reference, in pairs of seeds; bold (told apart) where its interval leaves out 0",
+    ),
     ("rank", "by mean score; one that diverged on a seed comes after those that did not"),
     ("steps to target", "to the reference's final validation score, to what it took it itself"),
     ("time to target", "the same in seconds of training"),
-    ("sensitivity", "what is lost, in the mean, at the best rate ÷ √10 and × √10"),
+    ("sensitivity", "what is lost, in the mean, at the best rate ÷ √10 and × √10; – at an edge"),
     ("ms/step", "all of a step, and the optimizer's part"),
     ("state", "bytes that the optimizer keeps per byte of parameters; peak of a GPU"),
     ("diverged", "of the seeds"),
@@ -60,8 +66,7 @@ def cells(table: Table, line: Line) -> list[str]:
         _share(line.steps),
         _share(line.seconds),
         "–" if math.isnan(line.sensitivity) else figure(line.sensitivity),
-        f"{line.step_ms:.1f} / {line.optimizer_ms:.1f}",
-        f"{line.state:.2f}" + ("" if math.isnan(line.peak) else f", {line.peak:.0f} MB on the GPU"),
+        *_costs(line),
         f"{line.diverged}",
         f"{line.trials}",
     ]
@@ -76,6 +81,7 @@ def markdown(plan: Plan, found: Sequence[Table]) -> str:
         text += [f"## {table.task}", "", caption(table), ""]
         heads = [name for name, _ in COLUMNS]
         text += [pipes(heads, [cells(table, line) for line in table.lines])]
+        text += [line for sentence in ends(table) for line in (sentence, "")]
         if rows := _of_stream(table):
             text += [pipes(rows[0], rows[1:])]
     text += ["## Conditions", "", *(f"- {line}" for line in conditions(plan, found)), ""]
@@ -117,7 +123,8 @@ def _overall(found: Sequence[Table]) -> list[list[str]]:
 
 def title(found: Sequence[Table]) -> str:
     labels = dict.fromkeys(line.label for table in found for line in table.lines)
-    return f"{len(labels)} optimizers on {', '.join(table.task for table in found)}"
+    who = f"{len(labels)} optimizers" if len(labels) > 1 else next(iter(labels))
+    return f"{who} on {', '.join(table.task for table in found)}"
 
 
 def caption(table: Table) -> str:
@@ -125,21 +132,32 @@ def caption(table: Table) -> str:
     data = "test data" if table.tested else "validation data, for the task has no test data"
     text = f"{table.metric}, {table.better} is better, on {data}."
     if table.target is not None:
-        text += f" Target: {figure(table.target)} on validation data."
+        text += " The target of a seed is the validation score that the reference ends at"
+        text += f" (median {figure(table.target)})."
     return text
 
 
 def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
     """What the figures depend on."""
-    rest = "" if plan.rest is None else f", the rest at {plan.rest}"
-    tuned = "the tuned rate of the first for all" if plan.drop_in else f"{plan.trials} tuning runs"
+    if {*plan.optimizers} <= {*plan.lr}:
+        tuned = "learning rates as given"
+    elif plan.drop_in:
+        tuned = f"{plan.trials} trials to tune {plan.optimizers[0]}, whose rate the others take"
+    else:
+        tuned = f"{plan.trials} trials to tune each"
+    decays = "their own weight decay"
+    if plan.weight_decay is not None:
+        decays = f"weight decay {plan.weight_decay:g} for all that have one and do not say theirs"
     lines = [
         f"command: `{plan.command}`; differences and targets are those of {plan.reference}",
-        f"{tuned}, {plan.seeds} seeds; the seed decides weights and data for all alike{rest}",
-        f"hardware: {processor()}, {os.cpu_count()} cores; one thread a trial, others beside it",
+        f"{tuned}, then {plan.seeds} of other seeds, which decide weights and data for all alike",
+        decays,
+        f"hardware: {processor()}, {os.cpu_count()} cores, one thread a trial; times are those of "
+        "a machine with whatever else ran on it",
     ]
     for table in found:
-        lines += [f"{table.task}: {table.about}; data {x}" for x in table.records]
+        lines.append(f"{table.task}: {table.about}; {table.training}")
+        lines += [f"data of {table.task}: {x}" for x in table.records if x]
         if len(table.records) > 1:
             lines.append(f"{table.task}: THE DATA DIFFER between rows, which do not compare")
         if len(table.software) > 1:
@@ -161,7 +179,7 @@ th, td { padding: 5px 10px; border-bottom: 1px solid var(--line); text-align: ri
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th { color: var(--muted); font-weight: 600; cursor: help; }
-tr.best td { color: var(--good); font-weight: 600; }
+tr.better td { color: var(--good); font-weight: 600; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr));
   gap: 12px; margin: 16px 0; }
 figure { margin: 0; } svg { width: 100%; height: auto; }
@@ -179,11 +197,12 @@ def page(plan: Plan, found: Sequence[Table], drawn: Mapping[str, str]) -> str:
         body.append(_figures(first))
     for table in found:
         rows = [cells(table, line) for line in table.lines]
-        best = {i for i, line in enumerate(table.lines) if line.rank == 1}
+        better = {i for i, line in enumerate(table.lines) if verdict(table, line) > 0}
         about = dict(COLUMNS)
         body.append(f'<h2 id="{escape(table.task)}">{escape(table.task)}</h2>')
         body.append(f'<p class="muted">{escape(caption(table))}</p>')
-        body.append(_html([name for name, _ in COLUMNS], rows, about, best))
+        body.append(_html([name for name, _ in COLUMNS], rows, about, better))
+        body += [f"<p>{escape(sentence)}</p>" for sentence in ends(table)]
         name = figures.file_name(table.task)
         own = {k: v for k, v in drawn.items() if k.rpartition("-")[0] == name}
         body.append(_figures(own))
@@ -228,12 +247,12 @@ def _html(
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
     about: Mapping[str, str],
-    best: set[int] | None = None,
+    better: Collection[int] = (),
 ) -> str:
     top = "".join(f'<th title="{escape(about.get(h, h))}">{escape(h)}</th>' for h in heads)
     lines = []
     for i, row in enumerate(rows):
-        kind = ' class="best"' if best and i in best else ""
+        kind = ' class="better"' if i in better else ""
         lines.append(f"<tr{kind}>{''.join(f'<td>{_bold(x)}</td>' for x in row)}</tr>")
     return f'<div class="scroll"><table><tr>{top}</tr>{"".join(lines)}</table></div>'
 
@@ -246,6 +265,25 @@ def _bold(text: str) -> str:
 def _code(text: str) -> str:
     parts = escape(text).split("`")
     return "".join(f"<code>{x}</code>" if i % 2 else x for i, x in enumerate(parts))
+
+
+def _costs(line: Line) -> tuple[str, str]:
+    """Time of a step, and state."""
+    if math.isnan(line.step_ms):  # no training came to its end
+        return "–", "–"
+    peak = "" if math.isnan(line.peak) else f", {line.peak:.0f} MB on the GPU"
+    return f"{line.step_ms:.1f} / {line.optimizer_ms:.1f}", f"{line.state:.2f}{peak}"
+
+
+def ends(table: Table) -> list[str]:
+    """How trainings ended that diverged, a sentence for each contender."""
+    found = []
+    for line in table.lines:
+        if line.ends:
+            rate = "at every rate that was tried" if line.lr is None else "on a reported seed"
+            more = f", and {len(line.ends) - 1} more" if len(line.ends) > 1 else ""
+            found.append(f"{line.label} diverged {rate} ({line.ends[0]}{more}).")
+    return found
 
 
 def _target(ratios: Mapping[int, float]) -> tuple[Interval | None, int]:

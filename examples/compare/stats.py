@@ -25,8 +25,8 @@ class Interval:
 
     @property
     def apart(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out zero; two values say too little."""
+        return self.count > 2 and (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
         if not math.isfinite(self.low):

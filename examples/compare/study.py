@@ -1,5 +1,6 @@
 """A study: tasks × contenders, each tuned with as many trials, then seeds to report."""
 
+import ast
 import hashlib
 import json
 import math
@@ -8,17 +9,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deepopt import replacing
+from examples.blame import blamed, of_user
 from examples.compare import registry, search
 from examples.compare.contenders import Contender, contender, imported
 from examples.compare.ledger import Ledger
+from examples.compare.problem import Problem
 from examples.compare.registry import make_problem
-from examples.compare.trial import Trial, run, stepper
+from examples.compare.trial import Trial, following, run, stepper
 from examples.hope.checkpoint import Stop
 from examples.hope.report import Progress
 from examples.workers import side_by_side
@@ -95,19 +99,33 @@ Rows = dict[str, dict[str, Any]]
 def digest(task: str, one: Contender) -> str:
     """Of the files of one's own that make a task and an optimizer, "" if there is none.
 
-    So that a task that was edited is another task, whose trials are done anew.
+    And of those that they import, so that a task that was edited is another task, whose trials are
+    done anew.
     """
     made = [registry.maker(task), *([] if one.kind == "rule" else [imported(one.name)])]
-    files = {sys.modules[x.__module__].__file__ or "" for x in made}
-    paths = sorted(x for x in files if x and not _installed(x))
-    if not paths:
+    found: dict[str, bytes] = {}
+    waiting = [x.__module__ for x in made]
+    while waiting:
+        name = waiting.pop()
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name not in found and of_user(file):
+            found[name] = Path(file or "").read_bytes()
+            waiting += _imports(found[name], name)
+    if not found:
         return ""
-    return hashlib.sha256(b"".join(Path(x).read_bytes() for x in paths)).hexdigest()[:12]
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:12]
 
 
-def _installed(file: str) -> bool:
-    here = Path(registry.__file__).parent
-    return here in Path(file).parents or "site-packages" in Path(file).parts
+def _imports(source: bytes, module: str) -> Iterator[str]:
+    """Names that may be modules which a file imports."""
+    package = getattr(sys.modules[module], "__package__", None)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (x.name for x in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            dots = "." * node.level
+            base = resolve_name(f"{dots}{node.module or ''}", package) if dots else node.module
+            yield from (f"{base}", *(f"{base}.{x.name}" for x in node.names))
 
 
 class Study:
@@ -138,10 +156,12 @@ class Study:
                     "are for the learning rate, and neither --drop-in nor a rate in --lr"
                 )
             # It says now whether the optimizer can step the model at all.
-            stepper(self.problems[entry.task], self.trial(entry, entry.contender.lr, {}, 0))
+            with blamed(f"{entry.task}, {label}"):
+                stepper(self.problems[entry.task], self.trial(entry, entry.contender.lr, {}, 0))
         for label, (name, options) in self.options.items():
             again = make_problem(name, options, TUNING_SEED)
-            scores = [p.parts[0].validate(p.model) for p in (self.problems[label], again)]
+            with blamed(f"task {label}"):
+                scores = [p.parts[0].validate(p.model) for p in (self.problems[label], again)]
             if scores[0] != scores[1] and not math.isnan(scores[0]):
                 raise ValueError(
                     f"task {label}: two models of one seed have the scores {scores[0]} and "
@@ -247,28 +267,34 @@ def estimate(study: Study, rows: Rows, jobs: int, steps: int = 3) -> float:
         for entry, count in zip(study.entries, study.left(rows), strict=True):
             if not count:
                 continue
-            name, options = study.options[entry.task]
-            began = time.perf_counter()
-            problem = make_problem(name, options, TUNING_SEED)
-            trial = replace(study.trial(entry, entry.contender.lr, {}, 0), steps=None)
-            training = stepper(problem, trial)
-            part = problem.parts[0]
-            part.validate(training.model())
-            training.step(next(part.batches))  # JAX compiles, and torch allocates
-            once = time.perf_counter() - began
-            began = time.perf_counter()
-            part.validate(training.model())
-            scored = time.perf_counter() - began
-            began = time.perf_counter()
-            for _ in range(steps):
-                training.step(next(part.batches))
-            each = (time.perf_counter() - began) / steps
+            with blamed(f"{entry.task}, {entry.contender.label}"):
+                once, scored, each, problem = _timed(study, entry, steps)
             length = (study.plan.steps or problem.steps) * len(problem.parts)
-            scores = min(length, trial.points) + 2 * len(problem.parts) ** 2
+            scores = min(length, Trial.points) + 2 * len(problem.parts) ** 2
             total += count * (once + length * each + scores * scored)
     finally:
         torch.set_num_threads(threads)
     return total / jobs
+
+
+def _timed(study: Study, entry: Entry, steps: int) -> tuple[float, float, float, Problem]:
+    """Seconds to begin, of a score and of a step; and the problem."""
+    name, options = study.options[entry.task]
+    began = time.perf_counter()
+    problem = make_problem(name, options, TUNING_SEED)
+    trial = replace(study.trial(entry, entry.contender.lr, {}, 0), steps=None)
+    training = stepper(problem, trial)
+    part = problem.parts[0]
+    part.validate(training.model())
+    training.step(following(part))  # JAX compiles, and torch allocates
+    once = time.perf_counter() - began
+    began = time.perf_counter()
+    part.validate(training.model())
+    scored = time.perf_counter() - began
+    began = time.perf_counter()
+    for _ in range(steps):
+        training.step(following(part))
+    return once, scored, (time.perf_counter() - began) / steps, problem
 
 
 def work(
@@ -283,7 +309,7 @@ def conduct(study: Study, folder: Path, jobs: int) -> tuple[list[str], bool]:
 
     Results are in the ledger as soon as they are there.
     """
-    errors: list[str] = []
+    errors: dict[str, list[str]] = {}
     with Ledger(folder / LEDGER) as ledger, Stop(signal.SIGINT, signal.SIGTERM) as stop:
         study.plan.save(folder)
         rows = ledger.results()
@@ -312,9 +338,15 @@ def conduct(study: Study, folder: Path, jobs: int) -> tuple[list[str], bool]:
             )
             for index, error in done.errors.items():
                 t = trials[index]
-                errors.append(f"{t.task}, {t.optimizer}, lr {t.lr:g}, seed {t.seed}: {error}")
+                trial = f"{t.task}, {t.optimizer}, lr {t.lr:g}, seed {t.seed}"
+                errors.setdefault(error, []).append(trial)
         shown.progress.close()
-        return errors, stop.asked
+        return [_words(*x) for x in errors.items()], stop.asked
+
+
+def _words(error: str, trials: Sequence[str]) -> str:
+    others = f" and {len(trials) - 1} more trials" if len(trials) > 1 else ""
+    return f"{trials[0]}{others}: {error}"
 
 
 class Shown:

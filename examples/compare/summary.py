@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from examples.compare import stats
+from examples.compare import registry, stats
 from examples.compare.stats import Interval
 from examples.compare.study import Entry, Rows, Study
 from examples.hope.tasks.metrics import continual
@@ -46,14 +46,20 @@ class Line:
     state: float  # bytes of optimizer state per byte of parameters
     peak: float  # MB on a GPU, nan where there is none
     trials: int
+    ends: list[str]  # how those ended that diverged, of all if no rate was good, else of the seeds
 
 
 @dataclass
 class Table:
-    """All contenders on one task."""
+    """All contenders on one task.
+
+    about: what it is. training: steps, schedule and what else is the same for all. target: the
+    median over seeds.
+    """
 
     task: str
     about: str
+    training: str
     metric: str
     better: str
     target: float | None
@@ -83,7 +89,7 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
     first = next(e for e in entries if e.contender.label == study.plan.reference)
     own = done[first.contender.label]
     ends = [r["validate"] for r in own.values() if r["validate"] is not None]
-    target = statistics.fmean(ends) if ends and len(problem.parts) == 1 else None
+    target = statistics.median(ends) if ends and len(problem.parts) == 1 else None
     reference = _scores(own)
     lines = []
     for entry in entries:
@@ -97,6 +103,7 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
         tried = {lr: rows[i]["validate"] for lr, i in tuned.items()}
         start = next((rows[i]["curve"][0]["validate"] for i in entry.tuning if i in rows), math.nan)
         good = [r for r in found.values() if r["status"] == "finished"]
+        lost = found if entry.lr is not None else {i: rows[i] for i in entry.tuning if i in rows}
         matrices = [r["matrix"]["test"] for r in good if r["matrix"]]
         lines.append(
             Line(
@@ -126,6 +133,7 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
                 state=_mean([r["state_bytes"] / r["parameter_bytes"] for r in good]),
                 peak=_mean([r["peak_bytes"] / 1e6 for r in good if r["peak_bytes"]]),
                 trials=sum(i in rows for i in entry.tuning) + len(found),
+                ends=[_end(r) for r in lost.values() if r["status"] == "diverged"],
             )
         )
     # One that diverged on a seed comes after all that did not, however good the others are.
@@ -138,13 +146,38 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
     name, options = study.options[label]
     return Table(
         **{"task": label, "metric": problem.metric, "better": better, "target": target},
-        about=f"{name} {dict(options) or ''}".strip(),
+        about=_about(name, options),
+        training=_training(study, label),
         parts=next((r["parts"] for r in every), []),
         tested=all(part.test is not None for part in problem.parts),
         lines=lines,
         records=sorted({_words(r["record"]) for r in every}),
         software=sorted({_words(r["software"]) for r in every}),
     )
+
+
+def _about(name: str, options: Mapping[str, Any]) -> str:
+    words = (registry.maker(name).__doc__ or name).strip().splitlines()[0].rstrip(".")
+    return f"{words}, {_words(options)}" if options else words
+
+
+def _training(study: Study, label: str) -> str:
+    problem, plan = study.problems[label], study.plan
+    steps = f"{plan.steps or problem.steps} steps"
+    if len(problem.parts) > 1:
+        steps += f" on each of {len(problem.parts)} parts"
+    warm = f", {problem.warmup:.0%} warm-up" if problem.warmup else ""
+    clip = "no clipping" if problem.clip is None else f"gradients clipped to norm {problem.clip:g}"
+    rest = problem.rest if plan.rest is None else plan.rest
+    others = "AdamW at the same rate for what an optimizer of matrices does not take"
+    if rest not in (None, "same"):
+        others = f"AdamW at {rest:g} for all but hidden matrices"
+    return f"{steps}, {problem.schedule} schedule{warm}, {clip}, {others}"
+
+
+def _end(row: Mapping[str, Any]) -> str:
+    where = f"seed {row['asked']['seed']}, lr {row['asked']['lr']:g}"
+    return f"{where}: {row['reason']} at step {row['diverged_at']}"
 
 
 def overall(found: Sequence[Table]) -> dict[str, tuple[float, int, int, int]]:
@@ -157,7 +190,7 @@ def overall(found: Sequence[Table]) -> dict[str, tuple[float, int, int, int]]:
     summary = {}
     for label in labels:
         pairs = [(t, line) for t in found for line in t.lines if line.label == label]
-        signs = [_verdict(table, line) for table, line in pairs]
+        signs = [verdict(table, line) for table, line in pairs]
         ranks = _mean([line.rank for _, line in pairs if not math.isnan(line.rank)])
         summary[label] = (ranks, signs.count(1), signs.count(-1), signs.count(0))
     return summary
@@ -182,7 +215,8 @@ def profile(found: Sequence[Table]) -> dict[str, list[float]]:
     return {label: sorted(values) for label, values in ratios.items()}
 
 
-def _verdict(table: Table, line: Line) -> int:
+def verdict(table: Table, line: Line) -> int:
+    """1 where it is better than the reference and told apart from it, -1 where worse, else 0."""
     if line.difference is None or len(line.test) + line.diverged < line.seeds:
         return 0
     if line.diverged:

@@ -103,17 +103,16 @@ def run(
     problem = replace(problem, parts=parts, steps=trial.steps or problem.steps)
     training = stepper(problem, trial)
     course = Course(problem, training, max(1, problem.total // trial.points), tell, stop)
-    reason = ""
     try:
         good = course.learn()
     except OVERFLOW as error:
-        good, reason = False, f"{type(error).__name__}: {error}"
+        good, course.reason = False, f"{type(error).__name__}: {error}"
     if good is None:
         return None
     found: dict[str, Any] = {
         "status": "finished" if good else "diverged",
         "diverged_at": None if good else course.step,
-        "reason": reason,
+        "reason": course.reason,
         "validate": _mean(course.matrix["validate"][-1]) if good else None,
         "test": _mean(course.matrix["test"][-1]) if good else None,
         "matrix": course.matrix if len(parts) > 1 and good else None,
@@ -132,6 +131,14 @@ def run(
     return json.loads(json.dumps(found), parse_constant=lambda name: None)
 
 
+def following(part: Part) -> Any:
+    """The next batch."""
+    try:
+        return next(part.batches)
+    except StopIteration:
+        raise ValueError("the batches ended: they must be endless") from None
+
+
 class Course:
     """What a training goes through: its steps, and the scores on the way and after each part."""
 
@@ -146,7 +153,7 @@ class Course:
         self._problem, self._training, self._every = problem, training, every
         self._tell, self._stop = tell, stop
         self._losses: list[float] = []
-        self.step = 0
+        self.step, self.reason = 0, ""
         self.wall, self.cpu = Clock(), Clock(time.process_time)
         self.curve: list[dict[str, float | None]] = []
         self.matrix: dict[str, list[list[float]]] = {"validate": [], "test": []}
@@ -160,12 +167,13 @@ class Course:
             for inside in range(1, self._problem.steps + 1):
                 if self._stop():
                     return None
-                batch = next(part.batches)
+                batch = following(part)
                 with self.wall, self.cpu:
                     loss = self._training.step(batch)
                 self.step += 1
                 self._losses.append(loss)
                 if not math.isfinite(loss):
+                    self.reason = "a loss or gradient is not finite"
                     return False
                 border = self.step % self._every == 0 or inside == self._problem.steps
                 if border and not self._point(part):
@@ -196,7 +204,10 @@ class Course:
     def _score(self, function: Callable[[Any], float]) -> float:
         # What a score draws must not change what is trained on.
         with torch.random.fork_rng(devices=[]):
-            return float(function(self._training.model()))
+            score = float(function(self._training.model()))
+        if not math.isfinite(score):
+            self.reason = f"a score is {score}"
+        return score
 
 
 def software(backend: str) -> dict[str, str]:
