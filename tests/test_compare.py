@@ -27,7 +27,7 @@ from examples.compare.contenders import contender
 from examples.compare.figures import pictures
 from examples.compare.ledger import Ledger, read
 from examples.compare.problem import Part, Problem
-from examples.compare.steppers import factor, optimizers
+from examples.compare.steppers import Clock, factor, optimizers
 from examples.compare.study import LEDGER, Plan, Study
 from examples.compare.summary import overall, profile, tables, verdict
 from examples.compare.tasks import TASKS
@@ -454,6 +454,80 @@ def test_a_loss_that_is_no_number_ends_a_trial() -> None:
     found = run(Trial("line", {}, "adamw", {}, 0.03, 0), make_line(0, nan=7))
     assert (found["status"], found["diverged_at"], found["steps"]) == ("diverged", 8, 8)
     assert found["validate"] is found["test"] is found["matrix"] is None
+
+
+def test_a_row_is_json_that_others_read() -> None:
+    found = run(Trial("line", {}, "adamw", {}, 0.03, 0, points=4), make_line(0, nan=2))
+    assert found is not None and found["curve"][-1]["step"] == 0
+    problem = make_line(0)
+    problem.parts[0].validate = lambda model: math.inf
+    found = run(Trial("line", {}, "adamw", {}, 0.03, 0), problem)
+    assert found is not None and found["curve"][0]["validate"] is None
+    assert (found["reason"], found["diverged_at"]) == ("a score is inf", 0)
+    json.dumps(found, allow_nan=False)
+
+
+def test_what_a_score_draws_does_not_change_the_training() -> None:
+    curves = []
+    for draws in (0, 3):
+        problem = make_line(0)
+        whole, weights = problem.loss, problem.parts[0].validate
+
+        def noisy(model: Any, rows: Any, whole: Any = whole) -> Any:
+            return whole(model, rows) * (1 + torch.rand(()))
+
+        def drawn(model: Any, weights: Any = weights, draws: int = draws) -> float:
+            torch.rand(draws)
+            return weights(model)
+
+        problem.loss, problem.parts[0].validate = noisy, drawn
+        torch.manual_seed(0)
+        found = run(Trial("line", {}, "adamw", {}, 0.03, 0, points=4), problem)
+        assert found is not None
+        curves.append([p["validate"] for p in found["curve"]])
+    assert curves[0] == curves[1]
+
+
+def test_a_trial_stops_at_the_step_it_is_asked_to() -> None:
+    asked: list[int] = []
+    stop = lambda: len(asked) == 3 or asked.append(0)  # noqa: E731
+    told: list[int] = []
+    trial = Trial("line", {}, "adamw", {}, 0.03, 0, points=40)
+    assert run(trial, make_line(0), lambda step, _: told.append(step), stop) is None
+    assert told == [0, 1, 2, 3]
+
+
+class Singular(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        raise torch.linalg.LinAlgError("the input is singular")
+
+
+def test_numbers_that_leave_their_range_end_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "Singular", Singular, raising=False)
+    found = run(Trial("line", {}, "torch.optim.Singular", {}, 0.03, 0), make_line(0))
+    assert found is not None and found["status"] == "diverged"
+    assert found["reason"].endswith("LinAlgError: the input is singular")
+
+
+def test_a_clock_counts_the_second_step_for_the_first() -> None:
+    times = iter([0.0, 60.0, 61.0, 70.0, 72.0])
+    clock = Clock(lambda: next(times))
+    for _ in range(3):
+        with clock:
+            pass
+    assert clock.total == 1.0 + 1.0 + 2.0
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_gradients_are_clipped(backend: str) -> None:
+    ends = []
+    for clip in (None, 1e-6):
+        problem = replace(make_line(0, backend=backend), clip=clip)
+        name = "torch.sgd" if backend == "torch" else "optax.sgd"
+        found = run(Trial("line", {}, name, {}, 1.0, 0, steps=2, points=1), problem)
+        assert found is not None
+        ends.append([p["validate"] for p in found["curve"]])
+    assert ends[0][1] < 0.95 * ends[0][0] and ends[1][1] > 0.999 * ends[1][0]
 
 
 def test_parts_come_one_after_another() -> None:
@@ -904,6 +978,15 @@ def test_choices_are_tuned_within_the_same_number_of_trials(mine: str) -> None:
     assert m3.settings["weight"] == 0.1 and m3.lr == 0.01
     assert {t.seed for t in m3.tuning.values()} == {1000}
     assert [t.seed for t in m3.reported.values()] == [0]
+
+
+def test_streams_have_no_target(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = ["run", "orthogonal:parts=2,steps=5", *OPTIONS[:2], "--seeds", "1", "--out", str(out)]
+    assert command.main([*asked, "--lr", "adamw=0.01"]) == 0
+    (found,) = tables(Study(Plan.load(out)), read(out / LEDGER))
+    assert found.target is None and found.lines[0].steps == found.lines[0].seconds == {}
+    assert {*found.lines[0].stream} == {"average", "backward_transfer", "forgetting", "learning"}
 
 
 def test_streams_are_tuned_on_their_beginning(tmp_path: Path) -> None:

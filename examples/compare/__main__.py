@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.compare import contenders, registry, report
+from examples.compare import contenders, registry
 from examples.compare.ledger import read
 from examples.compare.study import HOUR, LEDGER, Plan, Study, conduct, estimate
 from examples.compare.summary import tables
@@ -122,6 +122,10 @@ def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
 
 def reported(study: Study, folder: Path) -> int:
     """Write the report of the study in a folder, and show its text."""
+    try:
+        from examples.compare import report
+    except ImportError as error:
+        raise ImportError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
     plan, found = study.plan, tables(study, read(folder / LEDGER))
     if not found:
         print("nothing to report yet", file=sys.stderr)
