@@ -401,10 +401,12 @@ def trace(rule: Rule, shape: Shape, ticking: frozenset[str]) -> Program:
     return traced(rule, shape, ticking)[0]
 
 
-def traced(rule: Rule, shape: Shape, ticking: frozenset[str]) -> tuple[Program, tuple[Level, ...]]:
-    """`trace`, and the memory writes that were recorded on the way."""
+def traced(
+    rule: Rule, shape: Shape, ticking: frozenset[str], *, anew: bool = False
+) -> tuple[Program, tuple[Level, ...]]:
+    """`trace`, and the memory writes that were recorded on the way; anew: not the one before."""
     key = (type(rule), _static_key(rule), shape, ticking)
-    if key not in _traces:
+    if anew or key not in _traces:
         with recording() as levels:
             program = _trace(_symbolic(rule), shape, ticking)
         _traces[key] = (program, tuple(levels))

@@ -25,10 +25,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from deepopt.oracle import Array, Oracle
-from deepopt.rule import Rule, Symmetry
+from deepopt.rule import Rule, Symmetry, traced
 
 try:
-    from hypothesis import given, settings
+    from hypothesis import Phase, given, settings
     from hypothesis import strategies as st
 except ImportError as error:
     raise ImportError(
@@ -168,10 +168,13 @@ def checks(
 def check(rule: Rule, **options: Any) -> None:
     """Prove all promises of a rule; options are those of `checks`.
 
-    Raises AssertionError with every promise that is broken, and the smallest way to break it.
+    Raises AssertionError with every promise that is broken, and the smallest way to break it. Where
+    `update` cannot be called nothing else is asked, and torch and JAX only of a sound oracle.
     """
     broken = list[str]()
     for prove in checks(rule, **options):
+        if broken and (prove.name not in ORACLE or broken[0].startswith(PURE)):
+            break
         try:
             prove()
         except Exception as error:
@@ -195,10 +198,13 @@ Prove: TypeAlias = Callable[[Rule, Limits, Draw], None]
 
 def _searched(prove: Callable[[Draw], None], examples: int | None) -> None:
     def once(data: st.DataObject) -> None:
-        prove(data.draw)
+        with np.errstate(all="ignore"):  # what is not finite is shown by its own promise
+            prove(data.draw)
 
     limit = settings() if examples is None else settings(max_examples=examples)
-    settings(limit, deadline=None)(given(st.data())(once))()
+    # Which lines of NumPy ran, as `explain` tells, is no explanation.
+    phases = [phase for phase in Phase if phase is not Phase.explain]
+    settings(limit, deadline=None, phases=phases)(given(st.data())(once))()
 
 
 def _bare(rule: Rule, **values: Any) -> Rule:
@@ -208,14 +214,23 @@ def _bare(rule: Rule, **values: Any) -> Rule:
 # The oracle
 
 
+def _pure(rule: Rule, limits: Limits, draw: Draw) -> None:
+    shape = draw(st.sampled_from([x for x in shapes_of(rule) if len(x) == 2 and np.prod(x)]))
+    ticking = frozenset({"every", *rule.clocks()})
+    one, two = (traced(rule, shape, ticking, anew=True)[0].outputs for _ in range(2))
+    # Equal nodes are one object.
+    other = [name for name in one if one[name] is not two.get(name)]
+    assert not other, f"{other} come out otherwise when `update` is called again: it must be pure"
+
+
 def _finite(rule: Rule, limits: Limits, draw: Draw) -> None:
     w, gradients = draw(streams()).arrays(draw(st.sampled_from(shapes_of(rule))))
     oracle = Oracle(rule, [w])
     with np.errstate(invalid="raise", divide="raise", over="raise"):
-        for g in gradients:
+        for step, g in enumerate(gradients, 1):
             (w,) = oracle.step([w], [g])
-            assert np.isfinite(w).all()
-    assert all(np.isfinite(x).all() for x in oracle.state[0].values())
+            bad = [k for k, x in {"w": w, **oracle.state[0]}.items() if not np.isfinite(x).all()]
+            assert not bad, f"{bad} are not finite after step {step}"
 
 
 def _still(rule: Rule, limits: Limits, draw: Draw) -> None:
@@ -229,7 +244,8 @@ def _descends(rule: Rule, limits: Limits, draw: Draw) -> None:
     if g.any():
         # From zero, so that no step is lost in the rounding of a weight.
         (moved,) = path(_bare(rule, lr=1.0, eps=0.0), np.zeros_like(w), [g])
-        assert np.sum(moved * (g / np.abs(g).max())) < 0
+        slope = np.sum(moved * (g / np.abs(g).max()))
+        assert slope < 0, f"the step has the slope {slope:.1e} along the gradient: update's d is up"
 
 
 def _repeatable(rule: Rule, limits: Limits, draw: Draw) -> None:
@@ -338,7 +354,9 @@ def _turn(n: int) -> Array:
     return np.linalg.qr(np.random.default_rng(n).standard_normal((n, n)))[0]
 
 
+PURE = "update is the same whenever it is called"
 ORACLE: dict[str, Prove] = {
+    PURE: _pure,
     "weights and memories stay finite": _finite,
     "zero gradients never move": _still,
     "the first step descends": _descends,

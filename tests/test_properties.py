@@ -1,6 +1,7 @@
 """What every rule owes on any stream of gradients; and `deepopt.testing` finds what is broken."""
 
-from typing import Any
+import random
+from typing import Any, ClassVar
 
 import pytest
 from cases import DEFAULTS
@@ -8,7 +9,7 @@ from cases import DEFAULTS
 from deepopt import Memories, Retention, Rule, Slot, Time, Update, average, rules
 from deepopt.expr import Expr
 from deepopt.rule import hints
-from deepopt.testing import check, checks
+from deepopt.testing import PURE, check, checks
 
 
 def quick(rule: Rule, **values: Any) -> Rule:
@@ -121,7 +122,26 @@ class Vain(Mine):
         return frozenset({"degree 0"})
 
 
+class Counted(Mine):
+    """Remembers in Python what a memory should."""
+
+    calls: ClassVar[list[int]] = []
+
+    def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+        self.calls.append(0)
+        m, new = super().update(w, g, s, t)
+        return m * (1.0 + 0.1 * len(self.calls)), new
+
+
+class Random(Mine):
+    def update(self, w: Expr, g: Expr, s: Memories, t: Time) -> Update:
+        m, new = super().update(w, g, s, t)
+        return m * random.random(), new
+
+
 BROKEN = {
+    Counted: PURE,
+    Random: PURE,
     Uphill: "the first step descends",
     Restless: "zero gradients never move",
     Divides: "weights and memories stay finite",
@@ -142,6 +162,8 @@ def test_a_broken_promise_is_named_and_shown(kind):
     lines = str(found.value).splitlines()
     assert any(line.startswith(f"{BROKEN[kind]}: ") for line in lines)
     assert "Draw 1: " in str(found.value)
+    if BROKEN[kind] == PURE:  # nothing else was asked
+        return
     check(
         kind(lr=0.1),
         backends=(),
@@ -150,8 +172,18 @@ def test_a_broken_promise_is_named_and_shown(kind):
     )
 
 
+def test_an_update_that_fails_is_told_of_once():
+    class Wrong(Mine):
+        def update(self, w, g, s, t):
+            return s["n"], {}
+
+    with pytest.raises(AssertionError, match="breaks 1 promises") as found:
+        check(Wrong(lr=0.1), examples=5)
+    assert str(found.value).count("'n'") == 1
+
+
 def test_what_cannot_be_asked_is_explained():
-    with pytest.raises(ValueError, match="leave_out='it descends': promises are 'weights and"):
+    with pytest.raises(ValueError, match="leave_out='it descends': promises are 'update is"):
         checks(Mine(), leave_out=["it descends"])
     with pytest.raises(ValueError, match=r"DGD\(.* needs gram beside gradients"):
         checks(rules.DGD())
