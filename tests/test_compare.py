@@ -790,7 +790,8 @@ def planted(mine: str, scores: dict[str, list[float | None]], **more: Any) -> An
         if trial.seed >= len(scores[trial.optimizer]):
             continue
         score = scores[trial.optimizer][trial.seed]
-        way = [10.0, 4.0, 4.0 if score is None else score]
+        # What diverges is as good as any before it does.
+        way = [10.0, 0.1, 4.0] if score is None else [10.0, 4.0, score]
         rows[trial.id()] = {
             **{"status": "diverged" if score is None else "finished", "test": score},
             **{"validate": score, "matrix": None, "parts": ["1"], "record": {}, "software": {}},
@@ -838,6 +839,8 @@ def test_a_reference_is_as_fast_as_itself_and_another_can_be_chosen(mine: str) -
     adamw, muon = planted(mine, scores, reference="muon").lines
     assert muon.difference is None and adamw.difference.mean == pytest.approx(-1.9)
     assert adamw.steps == adamw.seconds == dict.fromkeys(range(3), 1.0)
+    worse = planted(mine, {"adamw": [20.0, 20.0], "muon": [1.0, 1.0]})  # than untrained
+    assert worse.lines[1].steps == {}
     with pytest.raises(ValueError, match="--reference lion: one of adamw, muon"):
         Plan([("t", mine, {})], ["adamw", "muon"], reference="lion")
 
