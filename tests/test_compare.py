@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -519,6 +520,19 @@ def test_a_clock_counts_the_second_step_for_the_first() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_the_rest_has_a_rate_of_its_own(backend: str) -> None:
+    problem = registry.make_problem("cancer", {"backend": backend}, 0)
+    training = stepper(problem, Trial("cancer", {}, "adamw", {}, 0.1, 0, rest=1e-12))
+    for _ in range(3):
+        training.step(next(problem.parts[0].batches))
+    model = training.model()
+    leaves = model.parameters() if isinstance(model, nn.Module) else jax.tree.leaves(model)
+    sizes = [(x.ndim, abs(x).max().item()) for x in leaves]
+    assert max(size for axes, size in sizes if axes == 1) < 1e-10  # biases begin at zero
+    assert min(size for axes, size in sizes if axes > 1) > 0.1
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_gradients_are_clipped(backend: str) -> None:
     ends = []
     for clip in (None, 1e-6):
@@ -843,6 +857,20 @@ def test_a_reference_is_as_fast_as_itself_and_another_can_be_chosen(mine: str) -
     assert worse.lines[1].steps == {}
     with pytest.raises(ValueError, match="--reference lion: one of adamw, muon"):
         Plan([("t", mine, {})], ["adamw", "muon"], reference="lion")
+
+
+def test_names_are_text_in_a_page(mine: str) -> None:
+    found = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5, 0.5, 0.5]})
+    plan = Plan([("t", mine, {})], ["adamw"], command="run <b>x")
+    named = replace(found, task="<i>t", metric="<u>m")
+    page = report.page(plan, [named], {"-i-t-steps": '<svg id="a"><use href="#a"/></svg>'})
+    assert not re.search("<(i>t|u>m|b>x)", page) and "&lt;i&gt;t" in page
+    # Each picture's names are its own.
+    (name,) = set(re.findall(r'id="(p[0-9][^"]*)"', page))
+    assert f'href="#{name}"' in page
+    twice = replace(found, records=["a 1", "a 2"])
+    assert any("THE DATA DIFFER" in line for line in report.conditions(plan, [twice]))
+    assert not any("THE DATA DIFFER" in line for line in report.conditions(plan, [found]))
 
 
 def test_higher_may_be_better(mine: str) -> None:
