@@ -159,7 +159,7 @@ def test_a_ledger_keeps_the_first_of_equal_rows(tmp_path: Path) -> None:
             "b": {"test": None, "asked": {"lr": 0.2}},
         }
         assert ledger.results() == read(path) == expected  # a report may read meanwhile
-        with pytest.raises(OSError, match="belongs to another study that is running"):
+        with pytest.raises(OSError, match="belongs to another process that is running"):
             Ledger(path)
     with Ledger(path) as again:
         assert again.results() == expected
@@ -1083,7 +1083,7 @@ def test_a_second_study_of_the_same_folder_is_refused(
     out = tmp_path / "out"
     with Ledger(out / LEDGER):
         assert command.main(["run", "cancer", "--seeds", "1", "--out", str(out)]) == 2
-    assert "belongs to another study that is running" in capsys.readouterr().err
+    assert "belongs to another process that is running" in capsys.readouterr().err
 
 
 def test_the_list_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:

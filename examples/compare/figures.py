@@ -127,7 +127,10 @@ def differences(found: Sequence[Table], looks: Mapping[str, Mapping[str, Any]]) 
     ax.set_yticks(range(len(rows)), [f"{short(t.task)}: {short(line.label)}" for t, line in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
     first = next((x.label for t in found for x in t.lines if x.difference is None), "")
-    ax.set(xlabel=f"← better      than {short(first)}, by % of its score      worse →")
+    # What halves a loss on one task must not hide one per cent on another.
+    ax.set_xscale("symlog", linthresh=10, linscale=1.5)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel=f"% of its score worse than {short(first)}; left of 0: better")
     ax.set_title("Paired differences, 95 % intervals")
     return figure
 

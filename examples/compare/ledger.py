@@ -31,7 +31,7 @@ class Ledger:
         except sqlite3.OperationalError as error:
             self._lock.close()
             raise OSError(
-                f"{str(path)!r} belongs to another study that is running: wait for it, or give "
+                f"{str(path)!r} belongs to another process that is running: wait for it, or give "
                 "another --out"
             ) from error
         self._base = sqlite3.connect(path, isolation_level=None)

@@ -180,9 +180,10 @@ th, td { padding: 5px 10px; border-bottom: 1px solid var(--line); text-align: ri
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th { color: var(--muted); font-weight: 600; cursor: help; }
 tr.better td { color: var(--good); font-weight: 600; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr));
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr));
   gap: 12px; margin: 16px 0; }
 figure { margin: 0; } svg { width: 100%; height: auto; }
+figure.wide { grid-column: 1 / -1; }
 code { background: #f3f4f7; padding: 1px 4px; overflow-wrap: anywhere; }
 """
 
@@ -229,10 +230,10 @@ def _of_stream(table: Table) -> list[list[str]]:
 
 def _figures(drawn: Mapping[str, str]) -> str:
     # Names within a picture are the page's: each picture gets its own.
-    inside = "".join(
-        f'<figure role="img" aria-label="{escape(name)}">{_own(text, i)}</figure>'
-        for i, (name, text) in enumerate(drawn.items())
-    )
+    inside = ""
+    for i, (name, text) in enumerate(drawn.items()):
+        kind = ' class="wide"' if name.endswith("-matrices") else ""
+        inside += f'<figure{kind} role="img" aria-label="{escape(name)}">{_own(text, i)}</figure>'
     return f'<div class="pictures">{inside}</div>'
 
 
