@@ -862,9 +862,10 @@ def test_a_reference_is_as_fast_as_itself_and_another_can_be_chosen(mine: str) -
 def test_names_are_text_in_a_page(mine: str) -> None:
     found = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5, 0.5, 0.5]})
     plan = Plan([("t", mine, {})], ["adamw"], command="run <b>x")
-    named = replace(found, task="<i>t", metric="<u>m")
+    lines = [replace(found.lines[0], label="<q>l"), found.lines[1]]
+    named = replace(found, task="<i>t", metric="<u>m", lines=lines)
     page = report.page(plan, [named], {"-i-t-steps": '<svg id="a"><use href="#a"/></svg>'})
-    assert not re.search("<(i>t|u>m|b>x)", page) and "&lt;i&gt;t" in page
+    assert not re.search("<(i>t|u>m|b>x|q>l)", page) and "&lt;i&gt;t" in page
     # Each picture's names are its own.
     (name,) = set(re.findall(r'id="(p[0-9][^"]*)"', page))
     assert f'href="#{name}"' in page
