@@ -1012,13 +1012,28 @@ def test_choices_are_tuned_within_the_same_number_of_trials(mine: str) -> None:
     assert [t.seed for t in m3.reported.values()] == [0]
 
 
-def test_streams_have_no_target(tmp_path: Path) -> None:
+def test_what_a_stream_keeps_is_compared_in_pairs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    asked = ["run", "orthogonal:parts=2,steps=5", *OPTIONS[:2], "--seeds", "1", "--out", str(out)]
-    assert command.main([*asked, "--lr", "adamw=0.01"]) == 0
-    (found,) = tables(Study(Plan.load(out)), read(out / LEDGER))
-    assert found.target is None and found.lines[0].steps == found.lines[0].seconds == {}
-    assert {*found.lines[0].stream} == {"average", "backward_transfer", "forgetting", "learning"}
+    asked = ["run", "orthogonal:parts=2,steps=20", *OPTIONS[:3], "--seeds", "3", "--out", str(out)]
+    assert command.main([*asked, "--lr", "adamw=0.01", "muon=0.03"]) == 0
+    rows = read(out / LEDGER)
+    (found,) = tables(Study(Plan.load(out)), rows)
+    adamw, muon = found.lines
+    assert found.target is None and adamw.steps == adamw.seconds == {}
+    rose: dict[str, list[float]] = {"adamw": [], "muon": []}
+    for row in sorted(rows.values(), key=lambda row: row["asked"]["seed"]):
+        matrix = row["matrix"]["test"]
+        rose[row["asked"]["optimizer"]].append(matrix[1][0] - matrix[0][0])
+    apart = [b - a for a, b in zip(rose["adamw"], rose["muon"], strict=True)]
+    assert muon.kept["forgetting"].mean == pytest.approx(np.mean(apart))
+    assert muon.kept["forgetting"].apart and {*muon.kept} == {
+        *("average", "backward_transfer", "forgetting", "learning")
+    }
+    shown = capsys.readouterr().out.partition("| stream |")[2].splitlines()
+    bold = {line.split(" | ")[0]: line.count("**") for line in shown if line.startswith("| ")}
+    assert bold["| adamw"] == 0 and bold["| muon"] > 0
 
 
 def test_streams_are_tuned_on_their_beginning(tmp_path: Path) -> None:

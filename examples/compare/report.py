@@ -224,8 +224,14 @@ def _of_stream(table: Table) -> list[list[str]]:
     """What a stream keeps and loses, under the names of it; empty for a task of one part."""
     streams = [line for line in table.lines if line.stream]
     names = [*streams[0].stream] if streams else []
-    rows = [[line.label, *(_words(line.stream[n]) for n in names)] for line in streams]
-    return [["stream", *names], *rows] if rows else []
+    rows = []
+    for line in streams:
+        cells = [_words(line.stream[n]) for n in names]
+        bold = [line.difference is not None and line.kept[n].apart for n in names]
+        rows.append(
+            [line.label, *(f"**{x}**" if b else x for x, b in zip(cells, bold, strict=True))]
+        )
+    return [["stream", *(n.replace("_", " ") for n in names)], *rows] if rows else []
 
 
 def _figures(drawn: Mapping[str, str]) -> str:

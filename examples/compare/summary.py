@@ -20,7 +20,8 @@ class Line:
 
     test: of each seed. difference: to the reference, in pairs. steps, seconds: of each seed, to
     the reference's validation score at its end, as a share of what it took itself to be as good
-    first; infinite where it never was. sensitivity: see `stats.sensitivity`. tried: rates and their
+    first; infinite where it never was. stream, kept: what is kept and lost of a stream, and how
+    that differs from the reference's. sensitivity: see `stats.sensitivity`. tried: rates and their
     scores.
     """
 
@@ -41,6 +42,7 @@ class Line:
     curves: list[Curve]
     matrix: list[list[float]] | None
     stream: dict[str, Interval]
+    kept: dict[str, Interval]
     step_ms: float
     optimizer_ms: float
     state: float  # bytes of optimizer state per byte of parameters
@@ -104,6 +106,7 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
         start = next((rows[i]["curve"][0]["validate"] for i in entry.tuning if i in rows), math.nan)
         good = [r for r in found.values() if r["status"] == "finished"]
         lost = found if entry.lr is not None else {i: rows[i] for i in entry.tuning if i in rows}
+        streams, theirs = _streams(found, better), _streams(own, better)
         matrices = [r["matrix"]["test"] for r in good if r["matrix"]]
         lines.append(
             Line(
@@ -125,7 +128,8 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
                 tried=dict(sorted(tried.items())),
                 curves=[r["curve"] for r in good],
                 matrix=_mean_matrix(matrices),
-                stream=_stream(matrices, better),
+                stream={k: stats.interval([*v.values()]) for k, v in streams.items()},
+                kept={k: stats.paired(v, theirs.get(k, {})) for k, v in streams.items()},
                 step_ms=_mean([1e3 * r["seconds"] / max(1, r["steps"]) for r in good]),
                 optimizer_ms=_mean(
                     [1e3 * r["optimizer_seconds"] / max(1, r["steps"]) for r in good]
@@ -258,9 +262,14 @@ def _reached(
     return ratios
 
 
-def _stream(matrices: Sequence[list[list[float]]], better: Any) -> dict[str, Interval]:
-    each = [continual(matrix, better) for matrix in matrices]
-    return {name: stats.interval([x[name] for x in each]) for name in (each[0] if each else {})}
+def _streams(found: Mapping[int, Mapping[str, Any]], better: Any) -> dict[str, dict[int, float]]:
+    """What a stream kept and lost, by name and seed."""
+    names: dict[str, dict[int, float]] = {}
+    for seed, row in found.items():
+        if row["matrix"]:
+            for name, value in continual(row["matrix"]["test"], better).items():
+                names.setdefault(name, {})[seed] = value
+    return names
 
 
 def _mean_matrix(matrices: Sequence[list[list[float]]]) -> list[list[float]] | None:
