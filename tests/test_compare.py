@@ -604,6 +604,32 @@ def test_unknown_tasks_are_explained(name: str, options: Any, message: str) -> N
         next(registry.make_problem(name, options, 0).parts[0].batches)
 
 
+def test_tasks_with_known_answers_know_them() -> None:
+    # What a batch says of the loss is the excess risk, and the noise.
+    problem = registry.make_problem("regression", {"batch": 20_000, "condition": 10.0}, 0)
+    (part,), model = problem.parts, problem.model
+    with torch.no_grad():
+        whole = problem.loss(model, next(part.batches)).item()
+    assert whole == pytest.approx(part.validate(model) + 0.5, rel=0.02)
+    # A direction of norm one, and noise of norm one half around it.
+    stream = registry.make_problem("orthogonal", {"batch": 2000}, 0)
+    means = []
+    for part in stream.parts:
+        x, _ = next(part.batches)
+        means.append(x.mean(0))
+        assert (x - x.mean(0)).norm(dim=1).mean().item() == pytest.approx(0.5, rel=0.03)
+    torch.testing.assert_close(
+        torch.stack(means) @ torch.stack(means).T, torch.eye(8), atol=0.03, rtol=0
+    )
+
+
+def test_text_is_tested_on_other_bytes_than_it_is_tuned_on() -> None:
+    problem = registry.make_problem("bytes", {"layers": 1, "width": 8, "heads": 1, "length": 8}, 0)
+    (part,) = problem.parts
+    assert part.test is not None
+    assert part.test(problem.model) != part.validate(problem.model)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
