@@ -1038,6 +1038,22 @@ def test_choices_are_tuned_within_the_same_number_of_trials(mine: str) -> None:
     assert [t.seed for t in m3.reported.values()] == [0]
 
 
+def test_a_rate_may_be_judged_by_several_seeds(mine: str) -> None:
+    plan = Plan([("t", mine, {})], ["adamw"], seeds=1, trials=4, tuning_seeds=3)
+    study, rows = Study(plan), {}
+    assert study.left(rows) == [4 * 3 + 1]
+    while trials := study.following(rows):
+        for trial in trials:
+            # One seed has luck at a bad rate, another diverges at the best one.
+            lucky = trial.seed == 1000 and trial.lr == 0.01
+            score = -0.5 if lucky else bowl(trial.lr, 0.001)
+            bad = trial.seed == 1002 and trial.lr == 0.001
+            rows[trial.id()] = {"validate": None if bad else score, "test": score}
+    (entry,) = study.entries
+    assert {t.seed for t in entry.tuning.values()} == {1000, 1001, 1002}
+    assert len(entry.tuning) == 12 and entry.lr not in (0.01, 0.001)
+
+
 def test_what_a_stream_keeps_is_compared_in_pairs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1080,6 +1096,7 @@ def test_streams_are_tuned_on_their_beginning(tmp_path: Path) -> None:
         (["run", "digits", "--optimizers", "m4"], "no rule is called 'm4'"),
         (["run", "digits", "--optimizers", "m3", "m3"], "--optimizers m3 m3: each once"),
         (["run", "digits", "--seeds", "0"], "--seeds 0: at least 1"),
+        (["run", "digits", "--tuning-seeds", "0"], "--tuning-seeds 0: at least 1"),
         (["run", "digits", "--trials", "2"], "--trials 2: at least 3"),
         (["run", "digits", "--lr", "adamw=-1"], "--lr adamw=-1: a learning rate is positive"),
         (["run", "digits", "--lr", "0.1"], "--lr 0.1: NAME=RATE is asked for"),

@@ -67,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
     )
     r.add_argument("--seeds", type=int, default=5, help="that are reported (default: 5)")
     r.add_argument("--trials", type=int, default=7, help="to tune each optimizer (default: 7)")
+    r.add_argument(
+        *("--tuning-seeds",),
+        type=int,
+        default=1,
+        help="trainings of each of them; 3 where one seed decides little (default: 1)",
+    )
     r.add_argument("--lr", nargs="+", default=[], metavar="NAME=RATE", help="instead of tuning")
     r.add_argument(
         *("--drop-in",),
@@ -138,10 +144,10 @@ def reported(study: Study, folder: Path) -> int:
 
 def plan_of(args: argparse.Namespace, command: str) -> Plan:
     """The study that is asked for; ValueError where an option makes no sense."""
-    for name in ("seeds", "trials", "jobs", "steps"):
+    for name in ("seeds", "trials", "tuning_seeds", "jobs", "steps"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name} {value}: at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: at least 1")
     tuned = args.optimizers[:1] if args.drop_in else args.optimizers
     if args.trials < 3 and not {*tuned} <= {text.rpartition("=")[0] for text in args.lr}:
         raise ValueError(f"--trials {args.trials}: at least 3, a rate and its neighbours")
@@ -161,7 +167,7 @@ def plan_of(args: argparse.Namespace, command: str) -> Plan:
     return Plan(
         **{"tasks": labels, "optimizers": args.optimizers, "seeds": args.seeds},
         **{"trials": args.trials, "lr": rates, "drop_in": args.drop_in, "steps": args.steps},
-        weight_decay=args.weight_decay,
+        **{"weight_decay": args.weight_decay, "tuning_seeds": args.tuning_seeds},
         **{"rest": rest, "command": command, "reference": args.reference or ""},
     )
 

@@ -139,12 +139,15 @@ def caption(table: Table) -> str:
 
 def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
     """What the figures depend on."""
+    each = f" of {plan.tuning_seeds} seeds" if plan.tuning_seeds > 1 else ""
     if {*plan.optimizers} <= {*plan.lr}:
         tuned = "learning rates as given"
     elif plan.drop_in:
-        tuned = f"{plan.trials} trials to tune {plan.optimizers[0]}, whose rate the others take"
+        tuned = (
+            f"{plan.trials} trials{each} to tune {plan.optimizers[0]}, whose rate the others take"
+        )
     else:
-        tuned = f"{plan.trials} trials to tune each"
+        tuned = f"{plan.trials} trials{each} to tune each"
     decays = "their own weight decay"
     if plan.weight_decay is not None:
         decays = f"weight decay {plan.weight_decay:g} for all that have one and do not say theirs"

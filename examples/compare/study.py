@@ -40,7 +40,8 @@ class Plan:
 
     tasks: (label, name, options). optimizers: as users name them. reference: the one that others
         are compared with, the first where it is not said.
-    trials: of every optimizer on every task, to find its learning rate and its choices.
+    trials: of every optimizer on every task, to find its learning rate and its choices; each is the
+        mean over `tuning_seeds` trainings.
     lr: rates that are given instead, by label. drop_in: the others take the tuned rate of the
         first, and tune nothing.
     steps, rest: in place of those of the tasks. rest "same": the optimizer steps everything.
@@ -51,6 +52,7 @@ class Plan:
     optimizers: Sequence[str]
     seeds: int = 5
     trials: int = 7
+    tuning_seeds: int = 1
     lr: Mapping[str, float] = field(default_factory=dict[str, float])
     drop_in: bool = False
     reference: str = ""
@@ -208,22 +210,22 @@ class Study:
             tried: dict[float, float | None] = {}
             while len(tried) < budget:
                 rates = search.following(one.lr, tried, better)[: budget - len(tried)]
-                asked = [self.trial(entry, r, settings, TUNING_SEED, True) for r in rates]
+                asked = self._tuning(entry, [(r, settings) for r in rates])
                 if missing := _missing(entry, asked, rows):
                     yield from missing
                     return
-                tried |= {t.lr: rows[t.id()]["validate"] for t in asked}
+                tried |= {x[0].lr: mean_score(x, rows) for x in asked}
             best = search.best_rate(tried, better)
             if best is None:  # it diverged everywhere: the report says so
                 entry.lr, entry.edge = None, True
                 return
             lr, entry.edge = best, search.at_edge(tried, better)
             if len(variants) > 1:
-                asked = [self.trial(entry, lr, v, TUNING_SEED, True) for v in variants]
+                asked = self._tuning(entry, [(lr, v) for v in variants])
                 if missing := _missing(entry, asked, rows):
                     yield from missing
                     return
-                scores = {float(i): rows[t.id()]["validate"] for i, t in enumerate(asked)}
+                scores = {float(i): mean_score(x, rows) for i, x in enumerate(asked)}
                 settings = variants[int(search.best_rate(scores, better) or 0)]
         entry.lr, entry.settings = lr, settings
         for seed in range(plan.seeds):
@@ -231,6 +233,13 @@ class Study:
             entry.reported[trial.id()] = trial
             if trial.id() not in rows:
                 yield trial
+
+    def _tuning(
+        self, entry: Entry, points: Sequence[tuple[float, Mapping[str, Any]]]
+    ) -> list[list[Trial]]:
+        """The trainings that each of the points (rate, settings) is judged by."""
+        seeds = range(TUNING_SEED, TUNING_SEED + self.plan.tuning_seeds)
+        return [[self.trial(entry, lr, x, seed, True) for seed in seeds] for lr, x in points]
 
     def length(self, trial: Trial) -> int:
         """Its steps on all the parts that it learns."""
@@ -247,15 +256,21 @@ class Study:
             )
             known = {**entry.tuning, **entry.reported}
             done = sum(name in rows for name in known)
-            count = self.plan.seeds + (self.plan.trials if tunes else 0)
+            count = self.plan.seeds + (self.plan.trials * self.plan.tuning_seeds if tunes else 0)
             found.append(max(0, count - done))
         return found
 
 
-def _missing(entry: Entry, asked: Sequence[Trial], rows: Rows) -> list[Trial]:
+def _missing(entry: Entry, asked: Sequence[Sequence[Trial]], rows: Rows) -> list[Trial]:
     """Of the trials that tune an entry, those that have to be done."""
-    entry.tuning |= {t.id(): t for t in asked}
-    return [t for t in asked if t.id() not in rows]
+    entry.tuning |= {t.id(): t for trials in asked for t in trials}
+    return [t for trials in asked for t in trials if t.id() not in rows]
+
+
+def mean_score(trials: Sequence[Trial], rows: Rows) -> float | None:
+    """Of the same on several seeds; None where one diverged."""
+    scores = [rows[t.id()]["validate"] for t in trials]
+    return None if None in scores else math.fsum(scores) / len(scores)
 
 
 def estimate(study: Study, rows: Rows, jobs: int, steps: int = 3) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 
 from examples.compare import registry, stats
 from examples.compare.stats import Interval
-from examples.compare.study import Entry, Rows, Study
+from examples.compare.study import Entry, Rows, Study, mean_score
+from examples.compare.trial import Trial
 from examples.hope.tasks.metrics import continual
 
 Curve = list[Mapping[str, Any]]
@@ -101,8 +102,11 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
         # On the way through a stream a score is that of another part.
         whole = {} if len(problem.parts) > 1 else found
         plain = entry.contender.variants()[0]
-        tuned = {t.lr: i for i, t in entry.tuning.items() if t.settings == plain and i in rows}
-        tried = {lr: rows[i]["validate"] for lr, i in tuned.items()}
+        tuned: dict[float, list[Trial]] = {}
+        for i, trial in entry.tuning.items():
+            if trial.settings == plain and i in rows:
+                tuned.setdefault(trial.lr, []).append(trial)
+        tried = {lr: mean_score(trials, rows) for lr, trials in tuned.items()}
         start = next((rows[i]["curve"][0]["validate"] for i in entry.tuning if i in rows), math.nan)
         good = [r for r in found.values() if r["status"] == "finished"]
         lost = found if entry.lr is not None else {i: rows[i] for i in entry.tuning if i in rows}
