@@ -283,7 +283,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     # pip is for names that are known: a misspelt one may be anybody's.
     monkeypatch.setitem(sys.modules, "heavyball", None)
     with pytest.raises(ImportError, match="pip install heavyball"):
-        contender("heavyball.ForeachSOAP", "torch")
+        contender("heavyball.SOAP", "torch")
 
 
 THEIRS = """
