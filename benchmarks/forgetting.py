@@ -38,7 +38,7 @@ LOOK = (1, 10, 40, STEPS)  # steps into a task at which shares are on file
 
 RULES: dict[str, Rule] = {
     "SGD": rules.SGD(),
-    "DGD": rules.DGD(),
+    "DGD": rules.DGD(kappa=1.0),
     "HeavyBall": rules.HeavyBall(),
     "HeavyBall 0.99": rules.HeavyBall(momentum=0.99),
     "Nesterov": rules.Nesterov(),

@@ -167,7 +167,7 @@ PAIRS = [
     Pair(
         "GGD of one state, l2",
         r.GGD(lr=LR, states=1, weight_decay=0.1),
-        r.DGD(lr=LR, weight_decay=0.1),
+        r.DGD(lr=LR, kappa=1.0, weight_decay=0.1),
     ),
     Pair(
         "GGD that forgets, l2",

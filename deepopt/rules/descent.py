@@ -65,7 +65,7 @@ class DGD(Rule):
         It is descent on the loss plus ½·kappa·‖Wx‖² with x held fixed, so kappa > 0 shrinks what
         the layer puts out; on ½‖Wx - y‖² it converges to y / (1 + kappa).
     lr: inner learning rate η, weight per unit of gradient. kappa: share of the erasing term; 1 is
-        the paper's, 0 is gradient descent.
+        the paper's, which learns half of its targets, 0 is gradient descent.
     solver: "exact", the minimiser of objective + ‖W - W_t‖²/2η over all rows at once, stable for
         any inputs; "explicit", one gradient step, stable while η·kappa·λmax(gram) < 2; "unit",
         Eq. 57's η/(1 + η·kappa) for inputs of norm one; "neurips", the short version's erasing term
@@ -80,7 +80,7 @@ class DGD(Rule):
     """
 
     lr: Rate = 1e-2
-    kappa: Rate = 1.0
+    kappa: Rate = 0.1
     solver: Literal["exact", "explicit", "unit", "neurips"] = "exact"
     inputs: Literal["last", "first"] = "last"
     domain: ClassVar[Literal["any", "matrix"]] = "matrix"
