@@ -47,7 +47,8 @@ pictures are generated, in about 70 s of CPU, by
 
 **Left: the toy of Eq. 53** ([toy.md](toy.md)), k = 10, a = 1, ω = 2, with (r, θ) as a 1 × 2 matrix;
 the dot is the start, the star the optimum. DGD and GGD need a Gram of inputs: here the identity,
-which makes them descend on ψ + ½·kappa·‖(r, θ)‖², of the same optimum. **Right: a noisy quadratic**,
+which makes them descend on ψ + ½·kappa·‖(r, θ)‖², of the same optimum.
+**Right: a noisy quadratic**,
 ½ tr (W − W*) H (W − W*)ᵀ for a {SIDE} × {SIDE} matrix from zero, H of condition {CONDITION:g}
 and largest eigenvalue 1, Gaussian noise of {NOISE:g} on every entry of the gradient; shown is
 ‖W − W*‖ / ‖W*‖. The Gram of DGD and GGD is H, so they head for W*/(1 + kappa), as they should.
