@@ -178,7 +178,7 @@ def test_what_is_no_ledger_of_this_version_is_left_as_it_is(tmp_path: Path) -> N
     with sqlite3.connect(path) as base:
         base.execute("PRAGMA user_version = 7")
     base.close()
-    with pytest.raises(ValueError, match="a ledger of version 7, and this is version 1"):
+    with pytest.raises(ValueError, match="a ledger of version 7, and this is version 2"):
         Ledger(path)
 
 
@@ -374,6 +374,28 @@ def test_rules_of_matrices_need_some() -> None:
     for name in ("m3", "torch.muon"):
         with pytest.raises(ValueError, match="matrices"):
             optimizers(vectors, contender(name, "torch"), 0.1, {}, 0.1)
+
+
+@pytest.mark.parametrize("name", ["m3", "optax.muon"])
+@pytest.mark.parametrize("rest", [None, 0.003])
+def test_heads_in_jax_are_stepped_beside_the_matrices(name: str, rest: float | None) -> None:
+    """As routing has it in torch: by AdamW, at the `rest` or at the contender's own rate."""
+
+    def alike(outside: tuple[str, ...]) -> dict[str, bool]:
+        problem = replace(registry.make_problem("cancer", {"backend": "jax"}, 0), outside=outside)
+        training = stepper(problem, Trial("cancer", {}, name, {}, 0.02, 0, rest=rest))
+        training.step(next(problem.parts[0].batches))
+        moved = {k: abs(np.asarray(training.model()[k] - x)) for k, x in problem.model.items()}
+        rate = (0.02 if rest is None else rest) / 20  # the first of 20 steps of warm-up
+        # AdamW moves every entry by its rate at first, but for a little decay.
+        return {k: float(np.median(x)) == pytest.approx(rate, rel=0.02) for k, x in moved.items()}
+
+    assert alike(("w2",)) == {"b0": True, "b1": True, "b2": True} | {
+        "w0": False,
+        "w1": False,
+        "w2": True,
+    }
+    assert not alike(())["w2"]
 
 
 def test_rules_that_need_the_inputs_of_layers_are_for_torch() -> None:
@@ -641,6 +663,11 @@ def test_text_is_tested_on_other_bytes_than_it_is_tuned_on() -> None:
         ({"better": "more"}, "better 'more': 'lower' or 'higher'"),
         ({"schedule": "step"}, "schedule 'step': 'cosine'"),
         ({"warmup": 1.0}, "warmup 1.0: a share"),
+        ({"outside": ["head"]}, r"outside \['head'\]: for trees of arrays, not an nn.Module"),
+        (
+            {"model": {"a": {"w": np.ones(2)}}, "outside": ["w"]},
+            r"outside 'w': no array of the model, which has \['a/w'\]",
+        ),
     ],
 )
 def test_problems_that_cannot_be_are_explained(wrong: dict[str, Any], message: str) -> None:

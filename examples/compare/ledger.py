@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-VERSION = 1
+VERSION = 2  # of what rows say, and of what the tasks here are
 
 
 class Ledger:

@@ -1,6 +1,6 @@
 """What a task hands to a study: weights, data, a loss and scores."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +41,8 @@ class Problem:
     clip: the largest norm of all gradients together; None for no clipping.
     rest: learning rate of the AdamW that steps all but hidden matrices, whatever is compared. None
         where the optimizer steps everything.
+    outside: in JAX, arrays of two axes or more that are no hidden matrices, such as embeddings and
+        the head: their paths, keys joined by "/". An `nn.Module` says it by its kinds of layers.
     record: what identifies the data: figures are compared only where the records agree.
     """
 
@@ -54,6 +56,7 @@ class Problem:
     warmup: float = 0.1
     clip: float | None = None
     rest: float | None = None
+    outside: Collection[str] = ()
     record: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
@@ -73,6 +76,18 @@ class Problem:
             raise ValueError(f"schedule {self.schedule!r}: 'cosine', 'linear' or 'constant'")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup {self.warmup}: a share of the steps, from 0 to below 1")
+        if self.outside:
+            self._check_outside()
+
+    def _check_outside(self) -> None:
+        if self.backend == "torch":
+            raise ValueError(f"outside {self.outside!r}: for trees of arrays, not an nn.Module")
+        import jax
+
+        paths = jax.tree.leaves(paths_of(self.model))
+        for path in self.outside:
+            if path not in paths:
+                raise ValueError(f"outside {path!r}: no array of the model, which has {paths}")
 
     @property
     def backend(self) -> Backend:
@@ -82,3 +97,10 @@ class Problem:
     def total(self) -> int:
         """Steps on all parts."""
         return self.steps * len(self.parts)
+
+
+def paths_of(tree: Any) -> Any:
+    """The tree with the path of each array in its place."""
+    from jax.tree_util import keystr, tree_map_with_path
+
+    return tree_map_with_path(lambda path, _: keystr(path, simple=True, separator="/"), tree)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from deepopt import rules
 from examples.compare.contenders import Contender
-from examples.compare.problem import Problem
+from examples.compare.problem import Problem, paths_of
 from torch_backend import Optimizer
 
 BETAS = (0.9, 0.95)  # of the AdamW that steps the rest
@@ -201,6 +201,7 @@ class Jax:
         import optax
 
         import jax_backend
+        from jax_backend.transform import fallback_of
 
         total = problem.total
         factors = jax.numpy.asarray([factor(i, problem) for i in range(total)])
@@ -216,12 +217,20 @@ class Jax:
                     "only: a task whose model is an nn.Module"
                 )
             own = jax_backend.transform(rule, lr=at(lr))
+            all_alike = rule.domain == "any"
+            other = None if all_alike else jax_backend.transform(fallback_of(rule, None), lr=at(lr))
         else:
             own = contender.make(at(lr), settings)()
+            only_matrices = contender.name == "optax.contrib.muon"
+            other = optax.adamw(at(lr), *BETAS, weight_decay=0.0) if only_matrices else None
         if rest is not None:
-            labels = jax.tree.map(lambda x: "own" if x.ndim > 1 else "rest", problem.model)
             other = optax.adamw(at(rest), *BETAS, weight_decay=0.0)
-            own = optax.multi_transform({"own": own, "rest": other}, labels)
+        if other is not None:
+            labels = jax.tree.map(
+                lambda path, x: "own" if x.ndim > 1 and path not in problem.outside else "rest",
+                *(paths_of(problem.model), problem.model),
+            )
+            own = optax.partition({"own": own, "rest": other}, labels)
         clip = [] if problem.clip is None else [optax.clip_by_global_norm(problem.clip)]
         self._transform = optax.chain(*clip, own)
         self._model = problem.model

@@ -32,20 +32,18 @@ class Network(nn.Sequential):
             layers += [layer, nn.ReLU()]
         super().__init__(*layers[:-1])
 
-    def hidden_matrices(self) -> dict[str, list[Tensor]]:
-        """All weights, the last ones too: as JAX sees them."""
-        return {"flatten": [p for p in self.parameters() if p.ndim > 1]}
-
 
 class Library(NamedTuple):
     """The few functions that the two spell differently; arrays have operators in common.
 
-    network: a model of the weights [in, out] and biases of `mlp`. forward: what it answers to rows.
+    network: a model of the weights [in, out] and biases of `mlp`. outside: as in `Problem`.
+    forward: what a network answers to rows.
     """
 
     array: Callable[[Array], Any]
     weights: Callable[[Mapping[str, Array]], Any]
     network: Callable[[Mapping[str, Array]], Any]
+    outside: Callable[[Any], tuple[str, ...]]
     forward: Callable[[Any, Any], Any]
     sin: Callable[[Any], Any]
     nats: Callable[[Any, Any], Any]  # logits [B, C], classes [B]: mean cross-entropy
@@ -60,6 +58,7 @@ def library(backend: Backend) -> Library:
                 {k: nn.Parameter(torch.from_numpy(_single(v))) for k, v in x.items()}
             ),
             network=Network,
+            outside=lambda model: (),
             forward=lambda model, x: model(x),
             sin=torch.sin,
             nats=nn.functional.cross_entropy,
@@ -86,6 +85,7 @@ def library(backend: Backend) -> Library:
         array=lambda x: jnp.asarray(_single(x)),
         weights=weights,
         network=weights,
+        outside=lambda model: (f"w{len(model) // 2 - 1}",),
         forward=forward,
         sin=jnp.sin,
         nats=nats,

@@ -140,12 +140,13 @@ def _classes(
             f"{index + 1}",
         )
 
+    model = xp.network(mlp(seed, sizes))
     return Problem(
-        xp.network(mlp(seed, sizes)),
-        *(loss, [part(i) for i in range(len(data))], steps),
+        *(model, loss, [part(i) for i in range(len(data))], steps),
         metric="accuracy",
         better="higher",
         schedule="constant",
         warmup=0.0,
+        outside=xp.outside(model),
         record={"task": name, "sizes": list(sizes), "batch": batch},
     )

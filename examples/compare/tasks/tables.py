@@ -107,4 +107,6 @@ def _problem(
     batches = shuffled(np.random.default_rng([seed, 1]), batch, *train)
     part = Part(batches, score(lambda m: loss(m, valid)), score(lambda m: loss(m, test)))
     record = {"task": name, "sizes": list(sizes), "batch": batch}
-    return Problem(xp.network(mlp(seed, sizes)), loss, [part], steps, metric="nats", record=record)
+    model = xp.network(mlp(seed, sizes))
+    outside = xp.outside(model)
+    return Problem(model, loss, [part], steps, metric="nats", outside=outside, record=record)
