@@ -341,6 +341,13 @@ class Net(nn.Module):
         return self.head(self.inside(self.embedding(x)))
 
 
+class Telling(Net):
+    """It says itself what is hidden, as Hope does."""
+
+    def hidden_matrices(self) -> dict[str, list[torch.Tensor]]:
+        return {"flatten": [self.inside.weight]}
+
+
 @pytest.mark.parametrize("name", ["m3", "adamw", "torch.adamw", "torch.muon"])
 def test_all_contenders_step_the_same_matrices_beside_the_same_adamw(name: str) -> None:
     model = Net()
@@ -354,10 +361,12 @@ def test_all_contenders_step_the_same_matrices_beside_the_same_adamw(name: str) 
 
 @pytest.mark.parametrize("name", ["m3", "adamw", "torch.adamw", "torch.muon", "dgd"])
 def test_without_a_rest_one_rate_is_for_everything(name: str) -> None:
-    made = optimizers(Net(), contender(name, "torch"), 0.02, {}, None)
-    groups = [g for optimizer in made for g in optimizer.param_groups]
-    assert {g["lr"] for g in groups} == {0.02}
-    assert sum(len(g["params"]) for g in groups) == 5
+    """And one weight decay, whether the model or its layers say what is hidden."""
+    for model in (Net(), Telling()):
+        made = optimizers(model, contender(name, "torch"), 0.02, {"weight_decay": 0.3}, None)
+        groups = [g for optimizer in made for g in optimizer.param_groups]
+        assert {(g["lr"], g["weight_decay"]) for g in groups} == {(0.02, 0.3)}
+        assert sum(len(g["params"]) for g in groups) == 5
 
 
 @pytest.mark.parametrize("name", ["m3", "adamw", "torch.adamw", "torch.muon"])

@@ -130,7 +130,7 @@ def optimizers(
 
     What is a hidden matrix is the same for all contenders: the model's own `hidden_matrices()`, as
     in the Hope example, or what a matrix rule takes by routing. Without `rest` a rule of matrices
-    leaves the others to its fallback, AdamW at its own rate, and so does torch's Muon.
+    leaves the others to its fallback, AdamW with its own rate and decay, and so does torch's Muon.
     """
     views = hidden(model)
     matrices = [p for parameters in views.values() for p in parameters]
@@ -142,7 +142,7 @@ def optimizers(
         rule = make()
         if rule.domain == "matrix" and not matrices:
             raise ValueError(f"{contender.label} is for matrices, and the model has none")
-        if rest is None and not hasattr(model, "hidden_matrices"):
+        if rest is None and (rule.domain == "any" or not hasattr(model, "hidden_matrices")):
             return [Optimizer(model, rule)]
         needs_layers = bool(rule.context((2, 2)))
         if needs_layers:  # they are told apart by the module
@@ -151,10 +151,12 @@ def optimizers(
             other = None if rest is None else adamw(rest)
             return [Optimizer(model, rule, views=seen, fallback=other)]
         groups: list[dict[str, Any]] = [
-            {"params": p, "rule": rule, "seen_as": view} for view, p in views.items() if p
+            {"params": p, "seen_as": view} for view, p in views.items() if p
         ]
-        other = rule if rest is None and rule.domain == "any" else adamw(rest or lr)
-        return [Optimizer([*groups, {"params": others, "rule": other}])]
+        if rest is None:
+            return [Optimizer([*groups, {"params": others, "use_fallback": True}], rule)]
+        groups = [{**group, "rule": rule} for group in groups]
+        return [Optimizer([*groups, {"params": others, "rule": adamw(rest)}])]
     if rest is None and not only_matrices:
         return [make(list(model.parameters()))]
     if not matrices:
@@ -162,7 +164,10 @@ def optimizers(
     own = make(matrices)
     if not others:
         return [own]
-    return [own, torch.optim.AdamW(others, lr=rest or lr, betas=BETAS, weight_decay=0.0)]
+    if rest is None:
+        decay = own.param_groups[0]["weight_decay"]
+        return [own, torch.optim.AdamW(others, lr=lr, weight_decay=decay)]
+    return [own, torch.optim.AdamW(others, lr=rest, betas=BETAS, weight_decay=0.0)]
 
 
 def adamw(lr: float) -> rules.AdamW:
@@ -222,7 +227,8 @@ class Jax:
         else:
             own = contender.make(at(lr), settings)()
             only_matrices = contender.name == "optax.contrib.muon"
-            other = optax.adamw(at(lr), *BETAS, weight_decay=0.0) if only_matrices else None
+            decay = settings.get("weight_decay", 0.0)
+            other = optax.adamw(at(lr), weight_decay=decay) if only_matrices else None
         if rest is not None:
             other = optax.adamw(at(rest), *BETAS, weight_decay=0.0)
         if other is not None:
