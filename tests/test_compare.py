@@ -903,8 +903,19 @@ def test_what_diverged_is_no_winner(mine: str) -> None:
     assert "| 2.00, 7 MB on the GPU |" in page
     assert "muon diverged on a reported seed (seed 2, lr 0.1: a score is inf at step 2)." in page
     assert found.lines[1].steps == {0: 1.0, 1: 1.0, 2: math.inf}
-    unfinished = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5]})
-    assert [str(x.rank) for x in unfinished.lines] == ["1.0", "nan"]
+
+
+def test_what_is_not_finished_is_told(mine: str) -> None:
+    plan = Plan([("t", mine, {})], ["adamw"])
+    found = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5]})
+    assert [str(x.rank) for x in found.lines] == ["1.0", "nan"]
+    told = "Not finished: muon on t (1 of 3 seeds). The same command goes on."
+    assert told in report.markdown(plan, [found]) and told in report.page(plan, [found], {})
+    # A reference that has not been trained leaves nothing to tell apart.
+    found = planted(mine, {"adamw": [], "muon": [0.5, 0.5, 0.6]})
+    assert overall([found])["muon"][1:] == (0, 0, 0)
+    whole = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5, 0.5, None]})
+    assert "Not finished" not in report.markdown(plan, [whole])
 
 
 def test_a_reference_is_as_fast_as_itself_and_another_can_be_chosen(mine: str) -> None:

@@ -75,6 +75,8 @@ def cells(table: Table, line: Line) -> list[str]:
 def markdown(plan: Plan, found: Sequence[Table]) -> str:
     """The whole report without its pictures."""
     text = ["# " + title(found), ""]
+    if left := unfinished(found):
+        text += [f"**{left}**", ""]
     if len(found) > 1:
         text += ["## All tasks", "", pipes(OVERALL, _overall(found))]
     for table in found:
@@ -125,6 +127,13 @@ def title(found: Sequence[Table]) -> str:
     labels = dict.fromkeys(line.label for table in found for line in table.lines)
     who = f"{len(labels)} optimizers" if len(labels) > 1 else next(iter(labels))
     return f"{who} on {', '.join(table.task for table in found)}"
+
+
+def unfinished(found: Sequence[Table]) -> str:
+    """Which rows are of fewer seeds than were asked for, because the study was stopped."""
+    done = [(t.task, x, len(x.test) + x.diverged) for t in found for x in t.lines]
+    left = [f"{x.label} on {task} ({n} of {x.seeds} seeds)" for task, x, n in done if n < x.seeds]
+    return f"Not finished: {', '.join(left)}. The same command goes on." if left else ""
 
 
 def caption(table: Table) -> str:
@@ -194,6 +203,8 @@ code { background: #f3f4f7; padding: 1px 4px; overflow-wrap: anywhere; }
 def page(plan: Plan, found: Sequence[Table], drawn: Mapping[str, str]) -> str:
     """The report as HTML: no script, no font and no file from elsewhere."""
     body = [f"<h1>{escape(title(found))}</h1>"]
+    if left := unfinished(found):
+        body.append(f"<p><b>{escape(left)}</b></p>")
     if len(found) > 1:
         body.append("<h2>All tasks</h2>" + _html(OVERALL, _overall(found), {}))
     first = {name: drawn[name] for name in ("differences", "profile") if name in drawn}

@@ -198,7 +198,8 @@ def overall(found: Sequence[Table]) -> dict[str, tuple[float, int, int, int]]:
     summary = {}
     for label in labels:
         pairs = [(t, line) for t in found for line in t.lines if line.label == label]
-        signs = [verdict(table, line) for table, line in pairs]
+        compared = [(t, x) for t, x in pairs if not x.difference or x.difference.count + x.diverged]
+        signs = [verdict(table, line) for table, line in compared]
         ranks = _mean([line.rank for _, line in pairs if not math.isnan(line.rank)])
         summary[label] = (ranks, signs.count(1), signs.count(-1), signs.count(0))
     return summary
