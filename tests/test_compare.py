@@ -1,5 +1,7 @@
 """Comparison studies: the search, the statistics, the ledger, trials, and whole studies."""
 
+import csv
+import io
 import json
 import math
 import os
@@ -930,6 +932,23 @@ def test_a_reference_is_as_fast_as_itself_and_another_can_be_chosen(mine: str) -
     assert worse.lines[1].steps == {}
     with pytest.raises(ValueError, match="--reference lion: one of adamw, muon"):
         Plan([("t", mine, {})], ["adamw", "muon"], reference="lion")
+
+
+def test_a_summary_has_the_figures_as_they_are(mine: str) -> None:
+    found = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5, 0.6, 0.7], "m3": [None] * 3})
+    stream = {"forgetting": stats.Interval(0.5, 0.4, 0.6, 3)}
+    kept = {"forgetting": stats.Interval(0.1, -0.1, 0.3, 3)}
+    lines = [found.lines[0], replace(found.lines[1], stream=stream, kept=kept), found.lines[2]]
+    text = report.table_csv([replace(found, lines=lines)])
+    adamw, muon, m3 = csv.DictReader(io.StringIO(text))
+    assert float(muon["mean"]) == pytest.approx(0.6)
+    assert float(muon["difference"]) == pytest.approx(-0.5)
+    assert float(muon["steps to target"]) == 1.0 and muon["missed"] == "0" and m3["missed"] == "3"
+    assert [x["verdict"] for x in (adamw, muon, m3)] == ["", "1", "-1"]
+    names = ("forgetting", "forgetting low", "forgetting difference high")
+    assert [muon[x] for x in names] == ["0.5", "0.4", "0.3"]
+    assert adamw["forgetting"] == adamw["difference"] == m3["steps to target"] == ""
+    assert (m3["seeds"], m3["diverged"], muon["better"]) == ("0", "3", "lower")
 
 
 def test_names_are_text_in_a_page(mine: str) -> None:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from deepopt import replacing
 from examples.compare import figures
@@ -92,23 +93,38 @@ def markdown(plan: Plan, found: Sequence[Table]) -> str:
 
 
 def table_csv(found: Sequence[Table]) -> str:
-    """A line for each contender on each task, figures as they are."""
+    """A line for each contender on each task, figures as they are; empty where there is none.
+
+    Verdict: 1 where it is better than the reference and told apart, -1 where worse, 0 neither.
+    """
     out = io.StringIO()
-    names = ["task", "optimizer", "lr", "metric", "mean", "low", "high", "difference"]
-    names += ["difference low", "difference high", "rank", "steps to target", "seconds to target"]
-    names += ["missed", "sensitivity", "step ms", "optimizer ms", "state per parameter byte"]
-    names += ["diverged", "seeds", "trials"]
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(names)
-    for table in found:
-        for x in table.lines:
-            d, (s, missed), (t, _) = x.difference, _target(x.steps), _target(x.seconds)
-            row = [table.task, x.label, x.lr, table.metric, x.mean.mean, x.mean.low, x.mean.high]
-            row += [d.mean, d.low, d.high] if d else ["", "", ""]
-            row += [x.rank, s.mean if s else "", t.mean if t else "", missed, x.sensitivity]
-            row += [x.step_ms, x.optimizer_ms, x.state, x.diverged, len(x.test), x.trials]
-            writer.writerow(row)
+    rows = [_record(table, line) for table in found for line in table.lines]
+    writer = csv.DictWriter(out, dict.fromkeys(k for row in rows for k in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()
+
+
+def _record(table: Table, x: Line) -> dict[str, Any]:
+    row = {"task": table.task, "optimizer": x.label, "lr": x.lr, "edge": x.edge}
+    row |= {"metric": table.metric, "better": table.better, **_interval("mean", x.mean)}
+    row |= _interval("difference", x.difference)
+    row |= {"verdict": verdict(table, x) if x.difference else None, "rank": x.rank}
+    for name, reached in (("steps to target", x.steps), ("seconds to target", x.seconds)):
+        ratio, missed = _target(reached)
+        row |= {**_interval(name, ratio), "missed": missed}
+    row |= {"sensitivity": x.sensitivity, "step ms": x.step_ms, "optimizer ms": x.optimizer_ms}
+    row |= {"state per parameter byte": x.state, "diverged": x.diverged, "seeds": len(x.test)}
+    row |= {"trials": x.trials}
+    for name, kept in x.stream.items():
+        row |= _interval(name, kept) | _interval(f"{name} difference", x.kept[name])
+    return row
+
+
+def _interval(name: str, found: Interval | None) -> dict[str, float | None]:
+    """Under the name, and its ends."""
+    values = (found.mean, found.low, found.high) if found else (None,) * 3
+    return dict(zip((name, f"{name} low", f"{name} high"), values, strict=True))
 
 
 OVERALL = ("optimizer", "mean rank", "better", "worse", "not told apart")
