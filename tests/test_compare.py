@@ -380,6 +380,19 @@ def test_a_model_of_matrices_alone(name: str, rest: float | None) -> None:
     assert [(g["lr"], len(g["params"])) for g in groups] == [(0.02, 2)]
 
 
+@pytest.mark.parametrize("rest", [None, 0.003])
+def test_matrices_outside_of_layers_have_no_inputs(rest: float | None) -> None:
+    model = Telling()
+    model.loose = nn.Parameter(torch.ones(2, 4, 4))
+    model.hidden_matrices = lambda: {"flatten": [model.inside.weight], "stacked": [model.loose]}
+    made = optimizers(model, contender("dgd", "torch"), 0.02, {}, rest)
+    (model(torch.arange(5)).square().sum() + model.loose.square().sum()).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    for optimizer in made:
+        optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 def test_rules_of_matrices_need_some() -> None:
     vectors = nn.ParameterList([torch.ones(3)])
     for name in ("m3", "torch.muon"):

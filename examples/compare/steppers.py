@@ -145,11 +145,8 @@ def optimizers(
         if rest is None and (rule.domain == "any" or not hasattr(model, "hidden_matrices")):
             return [Optimizer(model, rule)]
         needs_layers = bool(rule.context((2, 2)))
-        if needs_layers:  # they are told apart by the module
-            names = {id(p): name for name, p in model.named_parameters()}
-            seen = {names[id(p)]: view for view, own in views.items() for p in own}
-            other = None if rest is None else adamw(rest)
-            return [Optimizer(model, rule, views=seen, fallback=other)]
+        if needs_layers:  # the module tells which they are; a matrix outside of one has no inputs
+            return [Optimizer(model, rule, fallback=None if rest is None else adamw(rest))]
         groups: list[dict[str, Any]] = [
             {"params": p, "seen_as": view} for view, p in views.items() if p
         ]
