@@ -134,12 +134,15 @@ def test_targets_sensitivities_and_ranks() -> None:
     assert stats.reached(curve, 1.0, "lower", "step") == 30
     assert stats.reached(curve, 0.9, "lower", "step") is None
     assert stats.reached(curve, 2.5, "higher", "step") == 0
-    # Half of the way to 1.5, and to what diverged: that is no worse than the untrained model.
+    # A quarter of the way to 1.5, and to what diverged: that is no worse than the untrained model.
     tried: dict[float, float | None] = {0.1: 1.5, 1.0: 1.0, 10.0: None}
-    assert stats.sensitivity(tried, 2.0, "lower") == pytest.approx((0.25 + 0.5) / 2)
+    assert stats.sensitivity(tried, 2.0, "lower") == pytest.approx((0.125 + 0.25) / 2)
     tried[0.1] = 9.0  # as is one that ends worse than it
-    assert stats.sensitivity(tried, 2.0, "lower") == pytest.approx((0.5 + 0.5) / 2)
+    assert stats.sensitivity(tried, 2.0, "lower") == pytest.approx((0.25 + 0.25) / 2)
     assert math.isnan(stats.sensitivity({0.1: 0.5, 1.0: 0.9}, 0.1, "higher"))
+    # What lies beyond the rates that were tried is not known.
+    assert math.isnan(stats.sensitivity({0.75: 1.5, 1.0: 1.0, 10.0: 2.0}, 2.0, "lower"))
+    assert math.isnan(stats.sensitivity({0.1: 1.5, 1.0: 1.0, 1.3: 2.0}, 2.0, "lower"))
     assert math.isnan(stats.sensitivity({0.1: None, 1.0: None}, 0.1, "lower"))
     assert stats.ranks({"a": 2.0, "b": 1.0, "c": 2.0, "d": math.nan}, "lower") == {
         **{"a": 2.5, "b": 1.0, "c": 2.5, "d": 4.0}

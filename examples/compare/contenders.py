@@ -44,7 +44,7 @@ class Contender:
     """One optimizer of a study.
 
     label: as it was asked for; the row of the tables.
-    name: of a rule (lower case), or an import path.
+    name: of a rule of this library (lower case), or an import path.
     settings: what is fixed; of a rule all of them, so that another default is another trial.
     choices: settings with several values, `weight=0|0.1`, to be tuned.
     lr: where tuning begins, the default of the rule or of the signature.
@@ -65,7 +65,8 @@ class Contender:
     def make(self, lr: Any, settings: Mapping[str, Any]) -> Callable[..., Any]:
         """What makes the optimizer: of parameters in torch, of nothing in optax; or the rule."""
         if self.kind == "rule":
-            rule = RULES[self.name](**{**settings, "lr": lr})
+            kind = RULES.get(self.name) or imported(self.name)
+            rule = kind(**{**settings, "lr": lr})
             return lambda: rule
         target = imported(self.name)
         name = rate_name(target)
@@ -94,23 +95,15 @@ def contender(text: str, backend: Backend, decay: float | None = None) -> Conten
     if "." not in name:
         if key not in RULES:
             raise ValueError(f"no rule is called {name!r}: {nearest(key, [*RULES, *ORIGINALS])}")
-        kind = RULES[key]
-        known = {f.name: f.default for f in fields(kind)}
-        if decay is not None and "weight_decay" not in (*settings, *choices):
-            settings["weight_decay"] = decay
-        for setting in (*settings, *choices):
-            if setting not in known or setting == "lr":
-                raise ValueError(_unknown(kind.__name__, setting, [*known]))
-        whole = {k: v for k, v in known.items() if k != "lr" and k not in choices} | settings
-        found = Contender(text, key, "rule", float(cast(Any, known["lr"])), whole, choices)
-        for variant in found.variants():
-            found.make(found.lr, variant)  # the rule checks its own values
-        return found
+        return _of_rule(text, key, RULES[key], settings, choices, decay)
     path = ORIGINALS.get(name.lower(), name)
     target = imported(path)
+    if isinstance(target, type) and issubclass(target, Rule):
+        return _of_rule(text, path, target, settings, choices, decay)
     of_torch = isinstance(target, type) and issubclass(target, torch.optim.Optimizer)
     if of_torch != (backend == "torch"):
         need = "a torch.optim.Optimizer" if backend == "torch" else "a function of optax's kind"
+        need += " or a deepopt.Rule"
         raise ValueError(f"{text!r}: the task is one of {backend}, which needs {need}")
     parameters = inspect.signature(target).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -126,6 +119,27 @@ def contender(text: str, backend: Backend, decay: float | None = None) -> Conten
     start = parameters[rate].default if rate in parameters else USUAL
     lr = float(start) if isinstance(start, int | float) and 0 < start < math.inf else USUAL
     return Contender(text, path, "torch" if of_torch else "optax", lr, settings, choices)
+
+
+def _of_rule(
+    text: str,
+    name: str,
+    kind: type[Rule],
+    settings: dict[str, Any],
+    choices: dict[str, tuple[Any, ...]],
+    decay: float | None,
+) -> Contender:
+    known = {f.name: f.default for f in fields(kind)}
+    if decay is not None and "weight_decay" not in (*settings, *choices):
+        settings["weight_decay"] = decay
+    for setting in (*settings, *choices):
+        if setting not in known or setting == "lr":
+            raise ValueError(_unknown(kind.__name__, setting, [*known]))
+    whole = {k: v for k, v in known.items() if k != "lr" and k not in choices} | settings
+    found = Contender(text, name, "rule", float(cast(Any, known["lr"])), whole, choices)
+    for variant in found.variants():
+        found.make(found.lr, variant)  # the rule checks its own values
+    return found
 
 
 def imported(path: str) -> Any:
@@ -154,7 +168,8 @@ def imported(path: str) -> Any:
 
 def _is_optimizer(found: Any) -> bool:
     if isinstance(found, type):
-        return issubclass(found, torch.optim.Optimizer) and found is not torch.optim.Optimizer
+        bases = torch.optim.Optimizer, Rule
+        return issubclass(found, bases) and found not in bases
     return inspect.isfunction(found) and rate_name(found) in inspect.signature(found).parameters
 
 

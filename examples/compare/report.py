@@ -32,7 +32,7 @@ COLUMNS = (
     ("rank", "by mean score; one that diverged on a seed comes after those that did not"),
     ("steps to target", "to the reference's final validation score, to what it took it itself"),
     ("time to target", "the same in seconds of training"),
-    ("sensitivity", "what is lost, in the mean, at the best rate ÷ √10 and × √10; – at an edge"),
+    ("sensitivity", "what is lost, in the mean, at the best rate ÷ 1.8 and × 1.8; – if not tried"),
     ("ms/step", "all of a step, and the optimizer's part"),
     ("state", "bytes that the optimizer keeps per byte of parameters; peak of a GPU"),
     ("diverged", "of the seeds"),

@@ -11,6 +11,7 @@ from examples.compare.search import STEP, best_rate
 from examples.hope.tasks.metrics import mean_interval
 
 RESAMPLES = 10_000
+NEAR = math.sqrt(STEP)  # from the best rate to the two that `sensitivity` looks at
 FEW = 5  # below, too many resamples repeat one value for a bootstrap
 
 
@@ -96,20 +97,20 @@ def reached(
 
 
 def sensitivity(tried: Mapping[float, float | None], start: float, better: str) -> float:
-    """What is lost, in the mean, by a rate √10 below the best and one √10 above it.
+    """What is lost, in the mean, by a rate `NEAR` times below the best and one as far above it.
 
     Scores between the rates tried are interpolated in the logarithm of the rate. One that diverged
-    counts as the untrained model, `start`, as does one that is worse. NaN where the best lies at
-    the edge of what was tried, so that one of the two is not known.
+    counts as the untrained model, `start`, as does one that is worse. NaN where one of the two
+    lies beyond what was tried, and is not known.
     """
     best = best_rate(tried, better)
     rates = sorted(tried)
-    if best is None or not rates[0] < best < rates[-1]:
+    if best is None or not rates[0] * 0.95 <= best / NEAR < best * NEAR <= rates[-1] * 1.05:
         return math.nan
     sign = 1.0 if better == "lower" else -1.0
     scores = [tried[rate] for rate in rates]
     losses = [min(sign * (start if s is None else s), sign * start) for s in scores]
-    at = np.log([best / STEP, best, best * STEP])
+    at = np.log([best / NEAR, best, best * NEAR])
     low, own, high = np.interp(at, np.log(rates), losses)
     return float((low + high) / 2 - own)
 

@@ -1,5 +1,6 @@
 """Training steps in torch and in JAX, under one schedule, with any optimizer."""
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -33,6 +34,21 @@ class Clock:
             self.total += (self._read() - self._begun) * (2 if self._count == 2 else 1)
 
 
+class Aside:
+    """Numbers that an optimizer draws, apart from the task's: its batches are the same for all."""
+
+    def __init__(self) -> None:
+        self._own = self._task = torch.get_rng_state()
+
+    def __enter__(self) -> None:
+        self._task = torch.get_rng_state()
+        torch.set_rng_state(self._own)
+
+    def __exit__(self, *error: object) -> None:
+        self._own = torch.get_rng_state()
+        torch.set_rng_state(self._task)
+
+
 def factor(step: int, problem: Problem) -> float:
     """Of the learning rate at a step, from 0."""
     steps, schedule = problem.total, problem.schedule
@@ -57,21 +73,29 @@ class Torch:
         rest: float | None,
     ) -> None:
         self._problem, self._model = problem, problem.model
-        self.optimizers = optimizers(self._model, contender, lr, settings, rest)
+        # A task may train with some modules as in evaluation, such as frozen statistics.
+        self._training = {module: module.training for module in self._model.modules()}
+        self._aside = Aside()
+        with self._aside:
+            self.optimizers = optimizers(self._model, contender, lr, settings, rest)
         self._schedulers = [
             LambdaLR(x, lambda step: factor(step, problem)) for x in self.optimizers
         ]
         self.clock = Clock()
         self._mode("train")
+        self._scored = False
         cuda = [p.device for p in self._model.parameters() if p.device.type == "cuda"]
         self._device = cuda[0] if cuda else None
         if self._device is not None:
+            gc.collect()  # what trials before it held is not this one's
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def step(self, batch: Any) -> float:
-        if not self._model.training:
-            self._model.train()
+        if self._scored:
+            for module, training in self._training.items():
+                module.training = training
             self._mode("train")
+            self._scored = False
         loss = self._problem.loss(self._model, batch)
         value = loss.item()
         if not math.isfinite(value):
@@ -81,7 +105,7 @@ class Torch:
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), clip)
         if not math.isfinite(norm.item()):  # which also waits for a GPU
             return math.nan
-        with self.clock:
+        with self._aside, self.clock:
             for optimizer in self.optimizers:
                 optimizer.step()
             if self._device is not None:
@@ -94,6 +118,7 @@ class Torch:
     def model(self) -> nn.Module:
         self._model.eval()
         self._mode("eval")
+        self._scored = True
         return self._model
 
     def state_bytes(self) -> int:
@@ -137,12 +162,12 @@ def optimizers(
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
     make = contender.make(lr, settings)
-    only_matrices = contender.name == "torch.optim.Muon"
-    if contender.kind == "rule":
-        rule = make()
-        if rule.domain == "matrix" and not matrices:
-            raise ValueError(f"{contender.label} is for matrices, and the model has none")
-        if rest is None and (rule.domain == "any" or not hasattr(model, "hidden_matrices")):
+    rule = make() if contender.kind == "rule" else None
+    takes_all = rule.domain == "any" if rule else contender.name != "torch.optim.Muon"
+    if not matrices and not (takes_all and rest is None):
+        raise ValueError(f"{contender.label}: the model has no hidden matrices to step")
+    if rule is not None:
+        if rest is None and (takes_all or not hasattr(model, "hidden_matrices")):
             return [Optimizer(model, rule)]
         needs_layers = bool(rule.context((2, 2)))
         if needs_layers:  # the module tells which they are; a matrix outside of one has no inputs
@@ -154,10 +179,8 @@ def optimizers(
             return [Optimizer([*groups, {"params": others, "use_fallback": True}], rule)]
         groups = [{**group, "rule": rule} for group in groups]
         return [Optimizer([*groups, {"params": others, "rule": adamw(rest)}])]
-    if rest is None and not only_matrices:
+    if rest is None and takes_all:
         return [make(list(model.parameters()))]
-    if not matrices:
-        raise ValueError(f"{contender.label}: the model has no hidden matrices, so no `rest`")
     own = make(matrices)
     if not others:
         return [own]
@@ -233,6 +256,8 @@ class Jax:
                 lambda path, x: "own" if x.ndim > 1 and path not in problem.outside else "rest",
                 *(paths_of(problem.model), problem.model),
             )
+            if "own" not in jax.tree.leaves(labels):
+                raise ValueError(f"{contender.label}: the model has no hidden matrices to step")
             own = optax.partition({"own": own, "rest": other}, labels)
         clip = [] if problem.clip is None else [optax.clip_by_global_norm(problem.clip)]
         self._transform = optax.chain(*clip, own)

@@ -18,7 +18,7 @@ import torch
 from deepopt import replacing
 from examples.blame import blamed, of_user
 from examples.compare import registry, search
-from examples.compare.contenders import Contender, contender, imported
+from examples.compare.contenders import RULES, Contender, contender, imported
 from examples.compare.ledger import Ledger
 from examples.compare.problem import Problem
 from examples.compare.registry import make_problem
@@ -94,6 +94,11 @@ class Entry:
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     edge: bool = False
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether it diverged at every rate that was tried, so that none was chosen."""
+        return self.lr is None and self.edge
+
 
 Rows = dict[str, dict[str, Any]]
 
@@ -104,7 +109,7 @@ def digest(task: str, one: Contender) -> str:
     And of those that they import, so that a task that was edited is another task, whose trials are
     done anew.
     """
-    made = [registry.maker(task), *([] if one.kind == "rule" else [imported(one.name)])]
+    made = [registry.maker(task), *([] if one.name in RULES else [imported(one.name)])]
     found: dict[str, bytes] = {}
     waiting = [x.__module__ for x in made]
     while waiting:
@@ -161,14 +166,20 @@ class Study:
             with blamed(f"{entry.task}, {label}"):
                 stepper(self.problems[entry.task], self.trial(entry, entry.contender.lr, {}, 0))
         for label, (name, options) in self.options.items():
-            again = make_problem(name, options, TUNING_SEED)
+            entry = next(e for e in self.entries if e.task == label)
             with blamed(f"task {label}"):
-                scores = [p.parts[0].validate(p.model) for p in (self.problems[label], again)]
+                scores = [self._untrained(entry, name, options) for _ in range(2)]
             if scores[0] != scores[1] and not math.isnan(scores[0]):
                 raise ValueError(
                     f"task {label}: two models of one seed have the scores {scores[0]} and "
                     f"{scores[1]}; weights and data must follow from the seed"
                 )
+
+    def _untrained(self, entry: Entry, name: str, options: Mapping[str, Any]) -> float:
+        """The score of a model as trials have it, without its dropout."""
+        problem = make_problem(name, options, TUNING_SEED)
+        training = stepper(problem, self.trial(entry, entry.contender.lr, {}, 0))
+        return problem.parts[0].validate(training.model())
 
     def trial(
         self, entry: Entry, lr: float, settings: Mapping[str, Any], seed: int, tuning: bool = False
@@ -203,6 +214,7 @@ class Study:
             lr = plan.lr[one.label]
         elif plan.drop_in and entry is not first:
             if first.lr is None:
+                entry.lr, entry.edge = None, first.edge
                 return
             lr = first.lr
         else:
@@ -257,7 +269,7 @@ class Study:
             known = {**entry.tuning, **entry.reported}
             done = sum(name in rows for name in known)
             count = self.plan.seeds + (self.plan.trials * self.plan.tuning_seeds if tunes else 0)
-            found.append(max(0, count - done))
+            found.append(0 if entry.hopeless else max(0, count - done))
         return found
 
 

@@ -13,6 +13,8 @@ from examples.compare.trial import Trial
 from examples.hope.tasks.metrics import continual
 
 Curve = list[Mapping[str, Any]]
+# Of what was not trained on a seed, because it diverged at every rate.
+NOWHERE: Mapping[str, Any] = {"status": "diverged", "curve": ()}
 
 
 @dataclass
@@ -93,14 +95,15 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
     own = done[first.contender.label]
     ends = [r["validate"] for r in own.values() if r["validate"] is not None]
     target = statistics.median(ends) if ends and len(problem.parts) == 1 else None
-    reference = _scores(own)
+    theirs = _scores(own)
     lines = []
     for entry in entries:
         name = entry.contender.label
         found = done[name]
         test = _scores(found)
-        # On the way through a stream a score is that of another part.
-        whole = {} if len(problem.parts) > 1 else found
+        whole = dict.fromkeys(own, NOWHERE) if entry.hopeless else found
+        if len(problem.parts) > 1:  # on the way through a stream a score is that of another part
+            whole = {}
         plain = entry.contender.variants()[0]
         tuned: dict[float, list[Trial]] = {}
         for i, trial in entry.tuning.items():
@@ -110,7 +113,7 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
         start = next((rows[i]["curve"][0]["validate"] for i in entry.tuning if i in rows), math.nan)
         good = [r for r in found.values() if r["status"] == "finished"]
         lost = found if entry.lr is not None else {i: rows[i] for i in entry.tuning if i in rows}
-        streams, theirs = _streams(found, better), _streams(own, better)
+        streams, others = _streams(found, better), _streams(own, better)
         matrices = [r["matrix"]["test"] for r in good if r["matrix"]]
         lines.append(
             Line(
@@ -120,11 +123,11 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
                 edge=entry.edge,
                 test=test,
                 mean=stats.interval([*test.values()]),
-                difference=None if entry is first else stats.paired(test, reference),
+                difference=None if entry is first else stats.paired(test, theirs),
                 rank=math.nan,
                 seeds=seeds,
                 diverged=seeds
-                if entry.lr is None and entry.edge  # at all rates, so that none was chosen
+                if entry.hopeless
                 else sum(r["status"] == "diverged" for r in found.values()),
                 steps=_reached(whole, own, better, "step"),
                 seconds=_reached(whole, own, better, "seconds"),
@@ -133,7 +136,7 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
                 curves=[r["curve"] for r in good],
                 matrix=_mean_matrix(matrices),
                 stream={k: stats.interval([*v.values()]) for k, v in streams.items()},
-                kept={k: stats.paired(v, theirs.get(k, {})) for k, v in streams.items()},
+                kept={k: stats.paired(v, others.get(k, {})) for k, v in streams.items()},
                 step_ms=_mean([1e3 * r["seconds"] / max(1, r["steps"]) for r in good]),
                 optimizer_ms=_mean(
                     [1e3 * r["optimizer_seconds"] / max(1, r["steps"]) for r in good]
@@ -191,15 +194,14 @@ def _end(row: Mapping[str, Any]) -> str:
 def overall(found: Sequence[Table]) -> dict[str, tuple[float, int, int, int]]:
     """Of each contender: mean rank, and on how many tasks it was better, worse, neither.
 
-    Better and worse than the reference, where the interval of the difference leaves out 0; one
-    that diverged on any seed is worse.
+    Better and worse than the reference, where the interval of the difference leaves out 0; or where
+    fewer or more seeds diverged than of the reference.
     """
     labels = dict.fromkeys(line.label for table in found for line in table.lines)
     summary = {}
     for label in labels:
         pairs = [(t, line) for t in found for line in t.lines if line.label == label]
-        compared = [(t, x) for t, x in pairs if not x.difference or x.difference.count + x.diverged]
-        signs = [verdict(table, line) for table, line in compared]
+        signs = [verdict(table, line) for table, line in pairs if compared(table, line)]
         ranks = _mean([line.rank for _, line in pairs if not math.isnan(line.rank)])
         summary[label] = (ranks, signs.count(1), signs.count(-1), signs.count(0))
     return summary
@@ -226,14 +228,24 @@ def profile(found: Sequence[Table]) -> dict[str, list[float]]:
 
 def verdict(table: Table, line: Line) -> int:
     """1 where it is better than the reference and told apart from it, -1 where worse, else 0."""
-    if line.difference is None or len(line.test) + line.diverged < line.seeds:
+    if line.difference is None or not compared(table, line):
         return 0
-    if line.diverged:
-        return -1
+    first = reference(table)
+    if line.diverged != first.diverged:
+        return 1 if line.diverged < first.diverged else -1
     if not line.difference.apart:
         return 0
     lower = line.difference.mean < 0
     return 1 if lower == (table.better == "lower") else -1
+
+
+def compared(table: Table, line: Line) -> bool:
+    """Whether all seeds of it and of the reference are there."""
+    return all(len(x.test) + x.diverged >= x.seeds for x in (line, reference(table)))
+
+
+def reference(table: Table) -> Line:
+    return next(x for x in table.lines if x.difference is None)
 
 
 def _reported(entry: Entry, rows: Rows) -> dict[int, dict[str, Any]]:
