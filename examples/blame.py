@@ -10,8 +10,9 @@ from pathlib import Path
 import deepopt
 
 ROOT = Path(deepopt.__file__).parent.parent
+HERE = Path(__file__).parent
 OURS = [
-    Path(__file__).parent,
+    *(HERE / name for name in ("compare", "hope", "blame.py", "settings.py", "workers.py")),
     *(ROOT / name for name in ("deepopt", "torch_backend", "jax_backend")),
     *(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")),
 ]
@@ -25,7 +26,7 @@ def of_user(file: str | None) -> bool:
         return False
     path = Path(file)
     installed = {"site-packages", "dist-packages"} & {*path.parts}
-    return not installed and not any(x in path.parents for x in OURS)
+    return not installed and not any(x in (path, *path.parents) for x in OURS)
 
 
 def told(error: BaseException) -> str:

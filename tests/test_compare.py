@@ -34,7 +34,7 @@ from examples.compare.steppers import Clock, factor, optimizers
 from examples.compare.study import LEDGER, Plan, Study
 from examples.compare.summary import overall, profile, tables, verdict
 from examples.compare.tasks import TASKS
-from examples.compare.trial import Trial, run, stepper
+from examples.compare.trial import Trial, code, run, software, stepper
 from examples.workers import side_by_side
 
 # The search for a learning rate
@@ -977,6 +977,10 @@ def test_names_are_text_in_a_page(mine: str) -> None:
     # Each picture's names are its own.
     (name,) = set(re.findall(r'id="(p[0-9][^"]*)"', page))
     assert f'href="#{name}"' in page
+    told = "\n".join(report.conditions(plan, [replace(found, software=["code 12", "code 34"])]))
+    assert "THE SOFTWARE DIFFERS" in told and "the code here is another by now" in told
+    told = "\n".join(report.conditions(plan, [replace(found, software=[f"code {code()}"])]))
+    assert "DIFFER" not in told and "another" not in told
     twice = replace(found, records=["a 1", "a 2"])
     assert any("THE DATA DIFFER" in line for line in report.conditions(plan, [twice]))
     assert not any("THE DATA DIFFER" in line for line in report.conditions(plan, [found]))

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
@@ -15,8 +14,8 @@ from examples.compare import figures
 from examples.compare.stats import Interval, figure, geometric
 from examples.compare.study import Plan
 from examples.compare.summary import Line, Table, overall, verdict
+from examples.compare.trial import code
 from examples.hope.table import pipes
-from examples.settings import processor
 
 COLUMNS = (
     ("optimizer", "as it was asked for"),
@@ -165,23 +164,25 @@ def caption(table: Table) -> str:
 def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
     """What the figures depend on."""
     each = f" of {plan.tuning_seeds} seeds" if plan.tuning_seeds > 1 else ""
-    if {*plan.optimizers} <= {*plan.lr}:
-        tuned = "learning rates as given"
-    elif plan.drop_in:
-        tuned = (
-            f"{plan.trials} trials{each} to tune {plan.optimizers[0]}, whose rate the others take"
-        )
-    else:
-        tuned = f"{plan.trials} trials{each} to tune each"
+    chosen = [plan.optimizers[0]] if plan.drop_in else [*plan.optimizers]
+    tuned = [label for label in chosen if label not in plan.lr]
+    how = [f"learning rate {lr:g} of {label} as given" for label, lr in plan.lr.items()]
+    if tuned:
+        who = "each" if tuned == [*plan.optimizers] else ", ".join(tuned)
+        how.insert(0, f"{plan.trials} trials{each} to tune {who}")
+    if plan.drop_in:
+        how.append(f"the rate of {plan.optimizers[0]} for the others")
     decays = "their own weight decay"
     if plan.weight_decay is not None:
         decays = f"weight decay {plan.weight_decay:g} for all that have one and do not say theirs"
+    runs = sorted({x for table in found for x in table.runs})
     lines = [
         f"command: `{plan.command}`; differences and targets are those of {plan.reference}",
-        f"{tuned}, then {plan.seeds} of other seeds, which decide weights and data for all alike",
+        f"{', '.join(how)}, then {plan.seeds} of other seeds, which decide weights and data for all alike",
         decays,
-        f"hardware: {processor()}, {os.cpu_count()} cores, one thread a trial; times are those of "
-        "a machine with whatever else ran on it",
+        *(f"hardware: {x}" for x in sorted({x for table in found for x in table.machines})),
+        f"times: of {len(runs) or 1} run{'s' * (len(runs) > 1)} of the command"
+        f"{', begun ' * bool(runs)}{', '.join(runs)}; with whatever else the machine did",
     ]
     for table in found:
         lines.append(f"{table.task}: {table.about}; {table.training}")
@@ -189,8 +190,11 @@ def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
         if len(table.records) > 1:
             lines.append(f"{table.task}: THE DATA DIFFER between rows, which do not compare")
         if len(table.software) > 1:
-            lines.append(f"{table.task}: rows come from {len(table.software)} sets of versions")
-    lines += sorted({f"software: {x}" for table in found for x in table.software})
+            lines.append(f"{table.task}: THE SOFTWARE DIFFERS between rows")
+    versions = sorted({x for table in found for x in table.software})
+    lines += [f"software: {x}" for x in versions]
+    if any("code " in x and f"code {code()}" not in x for x in versions):
+        lines.append(f"the code here is another by now, {code()}: another --out does it anew")
     return lines
 
 

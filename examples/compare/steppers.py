@@ -85,10 +85,10 @@ class Torch:
         self._mode("train")
         self._scored = False
         cuda = [p.device for p in self._model.parameters() if p.device.type == "cuda"]
-        self._device = cuda[0] if cuda else None
-        if self._device is not None:
+        self.device = cuda[0] if cuda else None
+        if self.device is not None:
             gc.collect()  # what trials before it held is not this one's
-            torch.cuda.reset_peak_memory_stats(self._device)
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def step(self, batch: Any) -> float:
         if self._scored:
@@ -108,8 +108,8 @@ class Torch:
         with self._aside, self.clock:
             for optimizer in self.optimizers:
                 optimizer.step()
-            if self._device is not None:
-                torch.cuda.synchronize(self._device)
+            if self.device is not None:
+                torch.cuda.synchronize(self.device)
         for optimizer, scheduler in zip(self.optimizers, self._schedulers, strict=True):
             scheduler.step()
             optimizer.zero_grad()
@@ -134,7 +134,7 @@ class Torch:
         return sum(p.nbytes for p in self._model.parameters())
 
     def peak_bytes(self) -> int | None:
-        return None if self._device is None else torch.cuda.max_memory_allocated(self._device)
+        return None if self.device is None else torch.cuda.max_memory_allocated(self.device)
 
     def _mode(self, name: str) -> None:
         # Schedule-free optimizers keep one set of weights to train and another to evaluate.
@@ -260,6 +260,7 @@ class Jax:
                 raise ValueError(f"{contender.label}: the model has no hidden matrices to step")
             own = optax.partition({"own": own, "rest": other}, labels)
         clip = [] if problem.clip is None else [optax.clip_by_global_norm(problem.clip)]
+        self.device: torch.device | None = None
         self._transform = optax.chain(*clip, own)
         self._model = problem.model
         self._state = self._transform.init(self._model)

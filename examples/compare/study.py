@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,7 @@ def conduct(study: Study, folder: Path, jobs: int) -> tuple[list[str], bool]:
         study.following(rows)
         shown = Shown(study, rows)
         tried: set[str] = set()
+        began = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
         while not stop.asked:
             trials = [t for t in study.following(rows) if t.id() not in tried]
             if not trials:
@@ -350,7 +352,7 @@ def conduct(study: Study, folder: Path, jobs: int) -> tuple[list[str], bool]:
             tried |= {t.id() for t in trials}
 
             def finished(index: int, result: dict[str, Any], trials: list[Trial] = trials) -> None:
-                trial = trials[index]
+                trial, result = trials[index], {**result, "run": began}
                 ledger.write(trial.id(), asdict(trial), result)
                 rows[trial.id()] = {**result, "asked": asdict(trial)}
                 shown.heard(trial, study.length(trial), result["validate"])

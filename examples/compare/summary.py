@@ -73,6 +73,8 @@ class Table:
     lines: list[Line] = field(default_factory=list[Line])
     records: list[str] = field(default_factory=list[str])
     software: list[str] = field(default_factory=list[str])
+    machines: list[str] = field(default_factory=list[str])
+    runs: list[str] = field(default_factory=list[str])  # when the commands began that made rows
 
 
 def tables(study: Study, rows: Rows) -> list[Table]:
@@ -164,6 +166,8 @@ def _table(study: Study, label: str, entries: Sequence[Entry], rows: Rows) -> Ta
         lines=lines,
         records=sorted({_words(r["record"]) for r in every}),
         software=sorted({_words(r["software"]) for r in every}),
+        machines=sorted({r["machine"] for r in every if "machine" in r}),
+        runs=sorted({r["run"] for r in every if "run" in r}),
     )
 
 

@@ -3,19 +3,24 @@
 import hashlib
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import packages_distributions, version
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 import deepopt
+from examples.blame import ROOT, of_user
 from examples.compare.contenders import contender
 from examples.compare.problem import Part, Problem
 from examples.compare.steppers import Clock, Jax, Torch
+from examples.settings import processor
 
 Tell = Callable[[int, float | None], None]  # steps done, the score on the validation data
 
@@ -52,6 +57,7 @@ class Stepper(Protocol):
     """A model in training, whichever the library."""
 
     clock: Clock  # of the optimizer's part of a step
+    device: torch.device | None  # None for the CPU
 
     def step(self, batch: Any) -> float:
         """One step of the optimizer; the loss before it."""
@@ -119,14 +125,15 @@ def run(
         "curve": course.curve,
         **{"steps": course.step, "total": problem.total},
         "parts": [part.name or f"{i + 1}" for i, part in enumerate(parts)],
-        **{"seconds": course.wall.total, "cpu_seconds": course.cpu.total},
+        "seconds": course.wall.total,
         "whole": time.perf_counter() - began,
         "optimizer_seconds": training.clock.total,
         "state_bytes": training.state_bytes(),
         "parameter_bytes": training.parameter_bytes(),
         "peak_bytes": training.peak_bytes(),
         "record": dict(problem.record),
-        "software": software(problem.backend),
+        "software": software(problem.backend, trial.optimizer),
+        "machine": machine(training.device),
     }
     return json.loads(json.dumps(found), parse_constant=lambda name: None)
 
@@ -154,7 +161,7 @@ class Course:
         self._tell, self._stop = tell, stop
         self._losses: list[float] = []
         self.step, self.reason = 0, ""
-        self.wall, self.cpu = Clock(), Clock(time.process_time)
+        self.wall = Clock()
         self.curve: list[dict[str, float | None]] = []
         self.matrix: dict[str, list[list[float]]] = {"validate": [], "test": []}
 
@@ -168,7 +175,7 @@ class Course:
                 if self._stop():
                     return None
                 batch = following(part)
-                with self.wall, self.cpu:
+                with self.wall:
                     loss = self._training.step(batch)
                 self.step += 1
                 self._losses.append(loss)
@@ -186,8 +193,7 @@ class Course:
     def _point(self, part: Part) -> bool:
         score = self._score(part.validate)
         loss = _mean(self._losses) if self._losses else None
-        row = {"step": self.step, "validate": score, "loss": loss}
-        row |= {"seconds": self.wall.total, "cpu_seconds": self.cpu.total}
+        row = {"step": self.step, "validate": score, "loss": loss, "seconds": self.wall.total}
         if len(self._problem.parts) > 1:
             row["first"] = self._score(self._problem.parts[0].validate)
         self.curve.append(row)
@@ -210,16 +216,32 @@ class Course:
         return score
 
 
-def software(backend: str) -> dict[str, str]:
-    """Versions that a figure depends on."""
+def software(backend: str, optimizer: str) -> dict[str, str]:
+    """Versions that a figure depends on; of the code here a digest, for a version has many."""
     found = {"python": platform.python_version(), "numpy": np.__version__}
-    found["deepopt"] = deepopt.__version__
-    if backend == "torch":
-        return {**found, "torch": torch.__version__}
-    import jax
-    import optax
+    found |= {"deepopt": deepopt.__version__, "code": code()}
+    names = ["torch"] if backend == "torch" else ["jax", "optax"]
+    package = optimizer.partition(":")[0].partition(".")[0]
+    others = packages_distributions() if "." in optimizer and package not in names else {}
+    names += [name for name in others.get(package, ()) if name not in found]
+    return found | {name: version(name) for name in names}
 
-    return {**found, "jax": jax.__version__, "optax": optax.__version__}
+
+@cache
+def code() -> str:
+    """A digest of the sources that studies run."""
+    digest = hashlib.sha256()
+    for folder in ("deepopt", "torch_backend", "jax_backend", "examples"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if not of_user(str(path)):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+def machine(device: torch.device | None) -> str:
+    """What seconds depend on."""
+    name = f"{processor()}, {os.cpu_count()} cores, one thread a trial"
+    return name if device is None else f"{torch.cuda.get_device_name(device)}; {name}"
 
 
 def _mean(scores: list[float]) -> float:
