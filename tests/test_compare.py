@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 from deepopt import rules
+from examples.blame import of_user
 from examples.compare import __main__ as command
-from examples.compare import contenders, registry, report, search, stats
+from examples.compare import contenders, registry, report, search, stats, steppers
 from examples.compare.contenders import contender
 from examples.compare.figures import pictures
 from examples.compare.ledger import Ledger, read
@@ -777,6 +778,13 @@ def careless(seed):
 def broken(seed):
     return make_task(1 / 0)
 
+def dropped(seed):
+    problem = make_task(seed)
+    problem.model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3), nn.Dropout(0.5))
+    part = problem.parts[0]
+    part.validate = lambda model: problem.loss(model, (torch.ones(4, 6), torch.ones(4, 3))).item()
+    return problem
+
 def unstable(seed):
     problem = make_task(seed)
     whole = problem.loss
@@ -875,6 +883,21 @@ def test_what_diverges_is_told_and_the_study_goes_on(
     capsys.readouterr()
 
 
+def planted_row(trial: Trial, score: float | None) -> dict[str, Any]:
+    # What diverges is as good as any before it does.
+    way = [10.0, 0.1, 4.0] if score is None else [10.0, 4.0, score]
+    return {
+        **{"status": "diverged" if score is None else "finished", "test": score},
+        **{"validate": score, "matrix": None, "parts": ["1"], "record": {}, "software": {}},
+        **{"seconds": 2.0, "steps": 2, "optimizer_seconds": 1.0, "peak_bytes": None},
+        **{"state_bytes": 8, "parameter_bytes": 4, "asked": asdict(trial)},
+        **{"reason": "a score is inf", "diverged_at": 2},
+        "curve": [
+            {"step": i, "seconds": i / 2, "validate": x, "loss": x} for i, x in enumerate(way)
+        ],
+    }
+
+
 def planted(mine: str, scores: dict[str, list[float | None]], **more: Any) -> Any:
     """The table of a study whose reported seeds have these scores."""
     count = max(map(len, scores.values()))
@@ -883,19 +906,7 @@ def planted(mine: str, scores: dict[str, list[float | None]], **more: Any) -> An
     for trial in study.following({}):
         if trial.seed >= len(scores[trial.optimizer]):
             continue
-        score = scores[trial.optimizer][trial.seed]
-        # What diverges is as good as any before it does.
-        way = [10.0, 0.1, 4.0] if score is None else [10.0, 4.0, score]
-        rows[trial.id()] = {
-            **{"status": "diverged" if score is None else "finished", "test": score},
-            **{"validate": score, "matrix": None, "parts": ["1"], "record": {}, "software": {}},
-            **{"seconds": 2.0, "steps": 2, "optimizer_seconds": 1.0, "peak_bytes": None},
-            **{"state_bytes": 8, "parameter_bytes": 4, "asked": asdict(trial)},
-            **{"reason": "a score is inf", "diverged_at": 2},
-            "curve": [
-                {"step": i, "seconds": i / 2, "validate": x, "loss": x} for i, x in enumerate(way)
-            ],
-        }
+        rows[trial.id()] = planted_row(trial, scores[trial.optimizer][trial.seed])
     (found,) = tables(study, rows)
     return found
 
@@ -921,6 +932,28 @@ def test_what_diverged_is_no_winner(mine: str) -> None:
     assert "| 2.00, 7 MB on the GPU |" in page
     assert "muon diverged on a reported seed (seed 2, lr 0.1: a score is inf at step 2)." in page
     assert found.lines[1].steps == {0: 1.0, 1: 1.0, 2: math.inf}
+
+
+def test_what_diverges_counts_on_both_sides(mine: str) -> None:
+    found = planted(mine, {"adamw": [None] * 3, "muon": [1.0, 2.0, 3.0], "m3": [None, 1.0, 2.0]})
+    assert [x[1:] for x in overall([found]).values()] == [(0, 0, 1), (1, 0, 0), (1, 0, 0)]
+    found = planted(mine, {"adamw": [1.0, 2.0, None], "muon": [0.5, 1.5, None]})
+    assert verdict(found, found.lines[1]) == 0  # two seeds tell nothing apart
+    # A rule that diverges at all rates is not trained on the seeds: it reaches no target.
+    study = Study(Plan([("t", mine, {})], ["adamw", "muon"], seeds=2, trials=3))
+    rows: dict[str, Any] = {}
+    while trials := study.following(rows):
+        for trial in trials:
+            score = None if trial.optimizer == "muon" else 1.0
+            rows[trial.id()] = planted_row(trial, score)
+    assert study.left(rows) == [0, 0]
+    (found,) = tables(study, rows)
+    assert found.lines[1].steps == {0: math.inf, 1: math.inf} and found.lines[1].diverged == 2
+    assert profile([found]) == {"adamw": [1.0, 1.0], "muon": [math.inf, math.inf]}
+    study = Study(Plan([("t", mine, {})], ["muon", "adamw"], seeds=2, trials=3, drop_in=True))
+    study.following(rows)
+    assert study.left(rows) == [0, 0]
+    assert "Not finished" not in report.markdown(study.plan, tables(study, rows))
 
 
 def test_what_is_not_finished_is_told(mine: str) -> None:
@@ -1093,6 +1126,86 @@ def test_an_edited_task_is_another_task(
 def test_a_task_must_follow_from_its_seed(mine: str) -> None:
     with pytest.raises(ValueError, match="weights and data must follow from the seed"):
         Study(Plan([("t", mine.replace("make_task", "careless"), {})], ["adamw"]))
+
+
+def test_a_model_may_have_dropout(mine: str) -> None:
+    """It is off in scores, on in training, and what was off from the start stays so."""
+    assert Study(Plan([("t", mine.replace("make_task", "dropped"), {})], ["adamw"]))
+    model = nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5), nn.BatchNorm1d(3))
+    model[2].eval()
+    problem = replace(make_line(0), model=model, loss=lambda m, rows: m(torch.ones(2, 6)).sum())
+    training = stepper(problem, Trial("line", {}, "adamw", {}, 0.1, 0))
+    for _ in range(2):
+        assert not training.model()[1].training
+        training.step(None)
+        assert [m.training for m in model] == [True, True, False]
+
+
+def test_batches_are_the_same_whatever_an_optimizer_draws() -> None:
+    class Noisy(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            drawn.append(torch.randn(3))
+            super().step()
+
+    drawn, seen = [], []
+    for kind in (torch.optim.SGD, Noisy):
+        torch.manual_seed(3)
+        noisy = SimpleNamespace(
+            **{"name": "", "kind": "torch", "label": "noisy"},
+            make=lambda lr, settings, kind=kind: lambda params: kind(params, lr=lr),
+        )
+        training = steppers.Torch(make_line(0), noisy, 0.1, {}, None)
+        for _ in range(3):
+            rows = torch.randn(4, 64), torch.randn(4, 16)
+            seen.append(rows[0])
+            training.step(rows)
+    assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
+    assert len(drawn) == 3 and not torch.equal(drawn[0], drawn[1])
+
+
+RULE = """
+import deepopt
+class Mine(deepopt.Rule):
+    lr: deepopt.Rate = 0.02
+    half: bool = False
+    def update(self, w, g, s, t):
+        return (g / 2.0 if self.half else g), {}
+"""
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_rule_of_ones_own_takes_part(
+    mine: str, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_rule.py").write_text(RULE)
+    monkeypatch.delitem(sys.modules, "my_rule", raising=False)
+    found = contender("my_rule.Mine:half=true", backend, 0.3)
+    assert (found.kind, found.lr, found.settings["weight_decay"]) == ("rule", 0.02, 0.3)
+    with pytest.raises(ValueError, match="Mine has no setting 'halve': did you mean 'half'"):
+        contender("my_rule.Mine:halve=1", backend)
+    trial = Trial("line", {}, found.label, found.variants()[0], 0.03, 0, steps=4, points=2)
+    scores = run(trial, make_line(0, backend=backend))["curve"]
+    assert scores[-1]["validate"] < scores[0]["validate"]
+    plan = Plan([("t", "regression", {"backend": backend})], ["my_rule.Mine"])
+    (before,) = {t.code for t in Study(plan).following({})}
+    (tmp_path / "my_rule.py").write_text(RULE + "# edited")
+    (after,) = {t.code for t in Study(plan).following({})}
+    assert before != after != ""
+    del sys.modules["my_rule"]
+
+
+def test_files_in_the_folder_of_examples_may_be_a_users() -> None:
+    here = Path(contenders.__file__).parents[1]
+    assert of_user(str(here / "my_task.py")) and of_user(str(here / "mine" / "task.py"))
+    ours = ("compare/study.py", "hope/model.py", "blame.py", "settings.py", "workers.py")
+    assert not any(of_user(str(here / name)) for name in ours)
+    assert {str(x.relative_to(here)) for x in here.glob("*.py")} == {"__init__.py", *ours[2:]}
+
+
+def test_the_software_of_a_row_says_whose_it_is() -> None:
+    found = software("torch", "optax.adamw")
+    assert {*found} == {"python", "numpy", "deepopt", "code", "torch", "optax"}
+    assert software("jax", "m3")["jax"] == jax.__version__
 
 
 def test_one_weight_decay_for_all() -> None:

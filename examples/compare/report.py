@@ -178,7 +178,8 @@ def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
     runs = sorted({x for table in found for x in table.runs})
     lines = [
         f"command: `{plan.command}`; differences and targets are those of {plan.reference}",
-        f"{', '.join(how)}, then {plan.seeds} of other seeds, which decide weights and data for all alike",
+        f"{', '.join(how)}, then {plan.seeds} of other seeds, which decide weights and data for "
+        "all alike",
         decays,
         *(f"hardware: {x}" for x in sorted({x for table in found for x in table.machines})),
         f"times: of {len(runs) or 1} run{'s' * (len(runs) > 1)} of the command"
