@@ -28,7 +28,7 @@ from examples.blame import of_user
 from examples.compare import __main__ as command
 from examples.compare import contenders, registry, report, search, stats, steppers
 from examples.compare.contenders import contender
-from examples.compare.figures import pictures
+from examples.compare.figures import pictures, short
 from examples.compare.ledger import Ledger, read
 from examples.compare.problem import Part, Problem
 from examples.compare.steppers import Clock, factor, optimizers
@@ -998,6 +998,18 @@ def test_a_summary_has_the_figures_as_they_are(mine: str) -> None:
     assert [muon[x] for x in names] == ["0.5", "0.4", "0.3"]
     assert adamw["forgetting"] == adamw["difference"] == m3["steps to target"] == ""
     assert (m3["seeds"], m3["diverged"], muon["better"]) == ("0", "3", "lower")
+    # Two that were lucky of four are no speed.
+    for late, mean in ((2, ""), (1, "0.5")):
+        steps = dict(enumerate([0.5] * (4 - late) + [math.inf] * late))
+        few = replace(found, lines=[lines[0], replace(lines[1], steps=steps, seconds=steps)])
+        _, row = csv.DictReader(io.StringIO(report.table_csv([few])))
+        assert (row["steps to target"], row["missed"]) == (mean, f"{late}")
+
+
+def test_names_in_pictures_differ_where_settings_do() -> None:
+    names = [f"m3:momentum=0.95,slow=0.99,period={period}" for period in (8, 64)]
+    assert short(names[0]) != short(names[1]) and {len(short(x)) for x in names} == {28}
+    assert short("m3:period=8") == "m3:period=8"
 
 
 def test_names_are_text_in_a_page(mine: str) -> None:

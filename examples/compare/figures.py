@@ -102,7 +102,8 @@ def sensitivity(table: Table, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
     if scores:
         _limit(ax, min(scores), max(scores))
     ax.set(xscale="log", xlabel="learning rate", ylabel=table.metric)
-    ax.set_title(f"{short(table.task)}: tuning" + (" (▲ diverged)" if lost else ""))
+    mark = "▲" if table.better == "lower" else "▼"
+    ax.set_title(f"{short(table.task)}: tuning" + (f" ({mark} diverged)" if lost else ""))
     if ax.lines:
         ax.legend(frameon=False, fontsize=8)
     return figure
@@ -207,8 +208,8 @@ def file_name(task: str) -> str:
 
 
 def short(name: str, most: int = 28) -> str:
-    """A name that fits beside a picture."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    """A name that fits beside a picture; its end stays, where settings differ."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
 def svg(figure: Figure) -> str:

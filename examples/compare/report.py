@@ -329,9 +329,12 @@ def ends(table: Table) -> list[str]:
 
 
 def _target(ratios: Mapping[int, float]) -> tuple[Interval | None, int]:
-    """The geometric mean over the seeds that reached the target, and how many did not."""
+    """The geometric mean over the seeds that reached the target, and how many did not.
+
+    None where half or more did not: a mean of the few that were lucky would look like speed.
+    """
     good = [ratios[seed] for seed in sorted(ratios) if math.isfinite(ratios[seed])]
-    return geometric(good) if good else None, len(ratios) - len(good)
+    return geometric(good) if 2 * len(good) > len(ratios) else None, len(ratios) - len(good)
 
 
 def _share(ratios: Mapping[int, float]) -> str:
