@@ -37,23 +37,22 @@ def tasks(found: Mapping[tuple[str, str], Row]) -> list[str]:
     return list(dict.fromkeys(task for task, _ in found))
 
 
-def number(x: float, size: float) -> str:
-    """With the decimals that a figure of this size needs for two digits."""
-    if x and size < 1e-3:
-        return f"{x:.1e}".replace("e-0", "e-").replace("-", "−")
-    decimals = max(0, 1 - math.floor(math.log10(size))) if size else 0
-    return f"{x:.{decimals}f}".replace("-", "−")
+def numbers(values: Sequence[float]) -> list[str]:
+    """With as many decimals as the least but zero of the values and their range needs for two."""
+    sizes = [abs(x) for x in (*values, max(values) - min(values)) if x]
+    digits = 1 - math.floor(math.log10(min(sizes))) if sizes else 1
+    tiny = max(map(abs, values)) < 1e-3
+    texts = [f"{x:.1e}".replace("e-0", "e-") if tiny else f"{x:.{min(digits, 4)}f}" for x in values]
+    return [text.replace("-", "−") for text in texts]
 
 
 def interval(row: Row, name: str) -> str:
     """A mean and the ends of its interval, "–" where there is none."""
     if row.get(name) in (None, "", "nan"):
         return "–"
-    mean, low, high = (float(row[f"{name}{end}"]) for end in ("", " low", " high"))
-    if not math.isfinite(low):
-        return number(mean, abs(mean))
-    size = min(high - low, max(abs(low), abs(high)))
-    return f"{number(mean, size)} [{number(low, size)}, {number(high, size)}]"
+    values = [float(row[f"{name}{end}"]) for end in ("", " low", " high")]
+    mean, *ends = numbers([x for x in values if math.isfinite(x)])
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def difference(row: Row, name: str = "difference") -> str:
@@ -64,6 +63,7 @@ def difference(row: Row, name: str = "difference") -> str:
 
 
 def reached(row: Row, name: str) -> str:
+    """A ratio to the reference, and how many seeds have none."""
     missed = f", {row['missed']} missed" if row["missed"] != "0" else ""
     text = interval(row, name)
     return f"–{missed}" if text == "–" else f"{text} ×{missed}"
@@ -106,7 +106,7 @@ def streams() -> str:
     ours, theirs = rows("streams"), rows("streams-to-muon")
     names = tasks(ours)
     arrows = ["↑" if ours[task, "adamw"]["better"] == "higher" else "↓" for task in names]
-    body = []
+    body: list[list[str]] = []
     for who in dict.fromkeys(who for _, who in ours):
         line = [NAMES[who]]
         for task, arrow in zip(names, arrows, strict=True):
@@ -122,9 +122,9 @@ def better(pair: Sequence[Row], name: str, compared: str, higher: bool) -> str:
     """The figure, bold where it is better than both references and told apart."""
     if pair[0].get(name) in (None, ""):
         return ""
-    text = f"{float(pair[0][name]):.3g}"
+    text = f"{float(pair[0][name]):#.3g}"
     ends = [(row[f"{compared} low"], row[f"{compared} high"]) for row in pair]
-    if any("" in end for end in ends):  # a reference
+    if any("" in end for end in ends):  # it is one of them
         return text
     apart = all(float(low) > 0 if higher else float(high) < 0 for low, high in ends)
     return f"**{text}**" if apart else text
