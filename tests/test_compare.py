@@ -687,6 +687,8 @@ def test_text_is_tested_on_other_bytes_than_it_is_tuned_on() -> None:
         ({"better": "more"}, "better 'more': 'lower' or 'higher'"),
         ({"schedule": "step"}, "schedule 'step': 'cosine'"),
         ({"warmup": 1.0}, "warmup 1.0: a share"),
+        ({"record": {"rows": 3, "file": Path("x")}}, "record 'file' of type .*Path: .*str"),
+        ({"record": {"rows": np.int64(3)}}, "record 'rows' of type int64: .*int"),
         ({"outside": ["head"]}, r"outside \['head'\]: for trees of arrays, not an nn.Module"),
         (
             {"model": {"a": {"w": np.ones(2)}}, "outside": ["w"]},
