@@ -184,6 +184,21 @@ def test_what_is_no_ledger_of_this_version_is_left_as_it_is(tmp_path: Path) -> N
         Ledger(path)
 
 
+def test_what_a_disk_refuses_is_told_with_the_path(tmp_path: Path) -> None:
+    with Ledger(tmp_path / LEDGER) as ledger:
+        (pages,) = ledger._base.execute("PRAGMA page_count").fetchone()
+        ledger._base.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(OSError, match=r"sqlite' cannot be written: database or disk is full"):
+            ledger.write("a", {}, {"text": "x" * 10_000})
+    other = tmp_path / "other" / LEDGER
+    other.with_suffix(".lock").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"ledger\.lock' cannot be locked: unable to open"):
+        Ledger(other)
+    other.mkdir()
+    with pytest.raises(OSError, match=r"ledger\.sqlite' cannot be read: unable to open"):
+        read(other)
+
+
 HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 KILLED = """
 import sys
@@ -1204,6 +1219,15 @@ def test_bad_options_are_explained(
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1 and shown.startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tasks": [["t", "x"]]}', '{"tasks": []}'])
+def test_a_broken_plan_is_named(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "study.json").write_text(text)
+    assert command.main(["report", str(tmp_path)]) == 2
+    assert f"error: '{tmp_path / 'study.json'}' is no whole plan" in capsys.readouterr().err
 
 
 def test_a_study_of_days_asks_first(

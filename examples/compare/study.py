@@ -77,8 +77,15 @@ class Plan:
         path = folder / PLAN
         if not path.exists():
             raise FileNotFoundError(f"{str(folder)!r} holds no study: {PLAN} is missing")
-        found = json.loads(path.read_text())
-        return cls(**{**found, "tasks": [tuple(x) for x in found["tasks"]]})
+        try:
+            found = json.loads(path.read_text())
+            tasks = [(label, name, dict(options)) for label, name, options in found["tasks"]]
+            return cls(**{**found, "tasks": tasks})
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"{str(path)!r} is no whole plan of a study ({type(error).__name__}: {error}): the "
+                "command that was run there writes it again"
+            ) from error
 
 
 @dataclass
