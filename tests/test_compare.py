@@ -31,7 +31,7 @@ from examples.compare.figures import pictures
 from examples.compare.ledger import Ledger, read
 from examples.compare.problem import Part, Problem
 from examples.compare.steppers import Clock, factor, optimizers
-from examples.compare.study import LEDGER, Plan, Study
+from examples.compare.study import LEDGER, Plan, Study, digest
 from examples.compare.summary import overall, profile, tables, verdict
 from examples.compare.tasks import TASKS
 from examples.compare.trial import Trial, run, stepper
@@ -1098,6 +1098,19 @@ def test_an_edited_task_is_another_task(
     assert not edited & {t.id() for t in Study(plan).following({})}
     own = Plan([("t", "cancer", {})], ["adamw"], seeds=1, trials=3)
     assert {t.code for t in Study(own).following({})} == {""}
+
+
+def test_a_compiled_module_of_ones_own_is_a_part_of_a_task(
+    mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_task.py").write_text(TASK + "\nimport my_compiled\n")
+    compiled = tmp_path / "my_compiled.so"
+    monkeypatch.setitem(sys.modules, "my_compiled", SimpleNamespace(__file__=str(compiled)))
+    found = set()
+    for content in (b"\x7fELF\0one", b"\x7fELF\0two"):
+        compiled.write_bytes(content)
+        found.add(digest(mine, contender("adamw", "torch")))
+    assert len(found) == 2
 
 
 def test_a_task_must_follow_from_its_seed(mine: str) -> None:

@@ -118,8 +118,9 @@ def digest(task: str, one: Contender) -> str:
         name = waiting.pop()
         file = getattr(sys.modules.get(name), "__file__", None)
         if name not in found and of_user(file):
-            found[name] = Path(file or "").read_bytes()
-            waiting += _imports(found[name], name)
+            path = Path(file or "")
+            found[name] = path.read_bytes()
+            waiting += _imports(found[name], name) if path.suffix == ".py" else []
     if not found:
         return ""
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:12]
