@@ -31,7 +31,7 @@ from examples.compare.figures import pictures
 from examples.compare.ledger import Ledger, read
 from examples.compare.problem import Part, Problem
 from examples.compare.steppers import Clock, factor, optimizers
-from examples.compare.study import LEDGER, Plan, Study, digest
+from examples.compare.study import LEDGER, Plan, Study, digest, estimate
 from examples.compare.summary import overall, profile, tables, verdict
 from examples.compare.tasks import TASKS
 from examples.compare.trial import Trial, run, stepper
@@ -1252,6 +1252,16 @@ def test_a_study_of_days_asks_first(
     shown = capsys.readouterr().err
     assert "36 trials, about 3.2 days" in shown and "--yes to begin" in shown
     assert not out.exists()
+
+
+def test_more_jobs_than_cores_are_no_faster(mine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    study = Study(Plan([("t", mine, {})], ["adamw"]))
+    monkeypatch.setattr(
+        "examples.compare.study._timed", lambda *x: (1.0, 0, 0, study.problems["t"])
+    )
+    whole = estimate(study, {}, 1)
+    assert [whole / estimate(study, {}, jobs) for jobs in (2, 4, 400)] == [2, 4, 4]
 
 
 def test_a_second_study_of_the_same_folder_is_refused(

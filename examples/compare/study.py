@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -297,7 +298,7 @@ def estimate(study: Study, rows: Rows, jobs: int, steps: int = 3) -> float:
             total += count * (once + length * each + scores * scored)
     finally:
         torch.set_num_threads(threads)
-    return total / jobs
+    return total / min(jobs, os.cpu_count() or 1)
 
 
 def _timed(study: Study, entry: Entry, steps: int) -> tuple[float, float, float, Problem]:
