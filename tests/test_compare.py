@@ -1100,6 +1100,26 @@ def test_an_edited_task_is_another_task(
     assert {t.code for t in Study(own).following({})} == {""}
 
 
+def test_a_ledger_of_what_was_edited_is_told(
+    mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    plan = Plan([("t", mine, {})], ["adamw"], seeds=1, trials=3)
+    row = {"validate": 1.0, "curve": [{"validate": 2.0}], "parts": [], "record": {}, "software": {}}
+    with Ledger(out / LEDGER) as ledger:
+        plan.save(out)
+        assert command.main(["report", str(out)]) == 1
+        assert capsys.readouterr().err == "nothing to report yet\n"
+        for trial in Study(plan).following({}):
+            ledger.write(trial.id(), asdict(trial), row)
+    assert command.main(["report", str(out)]) == 1  # tuning has begun
+    assert capsys.readouterr().err == "nothing to report yet\n"
+    (tmp_path / "my_task.py").write_text(TASK + "# edited\n")
+    assert command.main(["report", str(out)]) == 1
+    shown = capsys.readouterr().err
+    assert f"yet: 3 rows of '{out / LEDGER}' are of other tasks or settings, or of files" in shown
+
+
 def test_a_compiled_module_of_ones_own_is_a_part_of_a_task(
     mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,9 +132,16 @@ def reported(study: Study, folder: Path) -> int:
         from examples.compare import report
     except ImportError as error:
         raise ImportError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
-    plan, found = study.plan, tables(study, read(folder / LEDGER))
+    plan, rows = study.plan, read(folder / LEDGER)
+    found = tables(study, rows)
     if not found:
-        print("nothing to report yet", file=sys.stderr)
+        own = {name for entry in study.entries for name in (*entry.tuning, *entry.reported)}
+        others = len(rows.keys() - own)
+        rest = (
+            f": {others} rows of {str(folder / LEDGER)!r} are of other tasks or settings, or of "
+            "files that have been edited since"
+        )
+        print("nothing to report yet" + (rest if others else ""), file=sys.stderr)
         return 1
     report.write(plan, found, folder)
     print(report.markdown(plan, found))
