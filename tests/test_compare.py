@@ -1284,13 +1284,15 @@ def test_more_jobs_than_cores_are_no_faster(mine: str, monkeypatch: pytest.Monke
     assert [whole / estimate(study, {}, jobs) for jobs in (2, 4, 400)] == [2, 4, 4]
 
 
-def test_a_second_study_of_the_same_folder_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_second_study_of_the_same_folder_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(command, "Study", lambda plan: pytest.fail("a model was made"))
     out = tmp_path / "out"
     with Ledger(out / LEDGER):
         assert command.main(["run", "cancer", "--seeds", "1", "--out", str(out)]) == 2
-    assert "belongs to another process that is running" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: '{out}' belongs to another process that is running")
 
 
 def test_the_list_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:

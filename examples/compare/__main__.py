@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.compare import contenders, registry
-from examples.compare.ledger import read
+from examples.compare.ledger import Ledger, read
 from examples.compare.study import HOUR, LEDGER, Plan, Study, conduct, estimate
 from examples.compare.summary import tables
 from examples.settings import learning_rate, row
@@ -99,13 +99,15 @@ def parser() -> argparse.ArgumentParser:
 def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
     """Do the study, and report what there is."""
     plan = plan_of(args, f"python -m examples.compare {shlex.join(given)}")
-    study = Study(plan)
     names = "-".join(label.replace("/", "-").replace(":", ".") for label, *_ in plan.tasks)
     folder = args.out or Path("runs/compare") / names
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {str(folder)!r} is a file: give a folder")
-    ledger = folder / LEDGER
-    rows = read(ledger) if ledger.exists() else {}
+    rows = {}
+    if (folder / LEDGER).exists():
+        with Ledger(folder / LEDGER) as ledger:  # it says now if another process has it
+            rows = ledger.results()
+    study = Study(plan)
     study.following(rows)
     left = sum(study.left(rows))
     if left:
