@@ -1053,6 +1053,32 @@ def test_what_a_users_code_does_is_told_with_its_line(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_report_that_fails_hides_no_errors(
+    mine: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "conduct", lambda *x: (["adamw, seed 0: it broke"], False))
+    monkeypatch.setattr(command, "reported", lambda *x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.main(["run", mine, *OPTIONS, "--out", str(tmp_path / "out")])
+    assert "error: adamw, seed 0: it broke" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_drawn_are_missed_before_training(
+    mine: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "examples.compare.report", None)
+    monkeypatch.delattr("examples.compare.report")
+    out = tmp_path / "out"
+    assert command.main(["run", mine, *OPTIONS, "--out", str(out)]) == 2
+    assert "pictures need matplotlib" in capsys.readouterr().err and not out.exists()
+
+
 def test_a_task_that_is_never_finite_is_explained(
     mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from examples.compare import contenders, registry
@@ -99,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
 def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
     """Do the study, and report what there is."""
     plan = plan_of(args, f"python -m examples.compare {shlex.join(given)}")
+    _report()  # what it needs is missed now, not after all training
     names = "-".join(label.replace("/", "-").replace(":", ".") for label, *_ in plan.tasks)
     folder = args.out or Path("runs/compare") / names
     if folder.exists() and not folder.is_dir():
@@ -119,9 +121,11 @@ def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
                 "--trials or --steps"
             )
     errors, stopped = conduct(study, folder, args.jobs)
-    status = reported(study, folder)
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+    try:
+        status = reported(study, folder)
+    finally:
+        for error in errors:
+            print(f"error: {error}", file=sys.stderr)
     if stopped:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
@@ -130,10 +134,7 @@ def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
 
 def reported(study: Study, folder: Path) -> int:
     """Write the report of the study in a folder, and show its text."""
-    try:
-        from examples.compare import report
-    except ImportError as error:
-        raise ImportError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
+    report = _report()
     plan, rows = study.plan, read(folder / LEDGER)
     found = tables(study, rows)
     if not found:
@@ -149,6 +150,15 @@ def reported(study: Study, folder: Path) -> int:
     print(report.markdown(plan, found))
     print(folder / "report.html")
     return 0
+
+
+def _report() -> ModuleType:
+    """The module that draws; ImportError where what it draws with is missing."""
+    try:
+        from examples.compare import report
+    except ImportError as error:
+        raise ImportError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
+    return report
 
 
 def plan_of(args: argparse.Namespace, command: str) -> Plan:
