@@ -150,7 +150,7 @@ def _outcome(
 ) -> tuple[str, Any]:
     try:
         return "result", work(item, tell, stop)
-    except expected as error:
+    except (*expected, SystemExit) as error:
         return "error", told(error)
 
 

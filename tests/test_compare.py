@@ -1053,6 +1053,24 @@ def test_what_a_users_code_does_is_told_with_its_line(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_module_that_exits_is_told(
+    mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for code, words in (("", "SystemExit"), ("0", "SystemExit: 0")):
+        (tmp_path / "my_exit.py").write_text(f"import sys\nsys.exit({code})\n")
+        assert command.main(["run", "my_exit:make", "--out", str(tmp_path / "out")]) == 2
+        told = f"error: task 'my_exit:make': {words} (my_exit.py:2)\n"
+        assert capsys.readouterr().err == told
+    assert command.main(["run", mine, "--optimizers", "my_exit.Signs"]) == 2
+    assert capsys.readouterr().err == "error: SystemExit: 0 (my_exit.py:2)\n"
+
+
+def test_a_training_that_exits_ends_its_trial_alone() -> None:
+    done = side_by_side(range(3), lambda item, *x: sys.exit(item) if item else 7, 1)
+    assert done.results == {0: 7} and [*done.errors] == [1, 2]
+    assert done.errors[2].startswith("SystemExit: 2 (test_compare.py:")
+
+
 def test_a_report_that_fails_hides_no_errors(
     mine: str,
     tmp_path: Path,

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from examples.blame import told
 from examples.compare import contenders, registry
 from examples.compare.ledger import Ledger, read
 from examples.compare.study import HOUR, LEDGER, Plan, Study, conduct, estimate
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ran(args, given)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as error:  # of a module of the user's
+        print(f"error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
