@@ -102,7 +102,7 @@ def _apart(
                 if not idle:
                     ours, theirs = context.Pipe()
                     process = context.Process(target=_worker, args=(theirs, work, expected))
-                    process.start()
+                    _start(process)
                     theirs.close()
                     idle.append((ours, process))
                 connection, process = idle.pop()
@@ -139,6 +139,15 @@ def _apart(
         for connection, process in [*idle, *((c, p) for c, (p, _) in busy.items())]:
             connection.close()
             process.join()
+
+
+def _start(process: Any) -> None:
+    """Start a process that Ctrl-C does not reach, not even while it imports."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits it
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _outcome(

@@ -1,6 +1,7 @@
 """Comparison studies: the search, the statistics, the ledger, trials, and whole studies."""
 
 import csv
+import importlib
 import io
 import json
 import math
@@ -757,6 +758,31 @@ def test_a_wish_to_stop_reaches_every_process(jobs: int) -> None:
     )
     assert done.stopped and (done.results, done.errors) == ({0: 7}, {})
     assert sorted(begun) == [1, 2][:jobs]
+
+
+EARLY = """
+import multiprocessing, os, signal
+if multiprocessing.current_process().name != "MainProcess":
+    os.kill(os.getpid(), signal.SIGINT)
+def work(item, tell, stop):
+    return item
+"""
+
+
+def test_ctrl_c_does_not_reach_a_process_that_still_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "early.py").write_text(EARLY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    work = importlib.import_module("early").work
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = side_by_side(range(2), work, 2)
+        after = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (done.results, done.errors) == ({0: 0, 1: 1}, {})
+    assert after is signal.default_int_handler
 
 
 # Studies
