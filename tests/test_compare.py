@@ -28,7 +28,7 @@ from deepopt import rules
 from examples.compare import __main__ as command
 from examples.compare import contenders, registry, report, search, stats
 from examples.compare.contenders import contender
-from examples.compare.figures import pictures
+from examples.compare.figures import matrices, pictures, svg
 from examples.compare.ledger import Ledger, read
 from examples.compare.problem import Part, Problem
 from examples.compare.steppers import Clock, factor, optimizers
@@ -1147,6 +1147,20 @@ def test_a_profile_counts_from_the_fastest_of_each_seed(mine: str) -> None:
     names = [*pictures([replace(found, task=f"{i}") for i in range(6)])]
     assert names[:2] == ["differences", "profile"]
     assert "profile" not in pictures([replace(found, task=f"{i}") for i in range(5)])
+
+
+def test_names_in_pictures_are_no_mathematics(mine: str) -> None:
+    found = planted(mine, {"adamw": [4.5, 1.0], "muon": [3.0, 1.5]})
+    odd = r"$\frac{$"
+    lines = [replace(x, label=f"{odd}{x.label}", tried={1e-3: 2.0, 1e-1: 1.0}) for x in found.lines]
+    table = replace(found, task=odd, metric=odd, lines=lines)
+    drawn = pictures([table])
+    assert len(drawn) == 4
+    lines[1].matrix = [[1.0]]
+    drawn["matrices"] = matrices(table)
+    for figure in drawn.values():
+        text = svg(figure)
+        assert odd in text and ">$\\mathdefault" not in text  # ticks are
 
 
 def test_an_edited_task_is_another_task(
