@@ -36,7 +36,8 @@ def told(error: BaseException) -> str:
     if not own and isinstance(error, SPOKEN) and str(error):
         return str(error)
     where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{where}"
+    words = f": {error}" if str(error) else ""
+    return f"{type(error).__name__}{words}{where}"
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def blamed(what: str) -> Iterator[None]:
     """Errors inside, as ValueError in words that begin with what they are of."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit would end the command without a word
         raise ValueError(f"{what}: {told(error)}") from error
 
 

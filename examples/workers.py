@@ -102,7 +102,7 @@ def _apart(
                 if not idle:
                     ours, theirs = context.Pipe()
                     process = context.Process(target=_worker, args=(theirs, work, expected))
-                    process.start()
+                    _start(process)
                     theirs.close()
                     idle.append((ours, process))
                 connection, process = idle.pop()
@@ -141,6 +141,15 @@ def _apart(
             process.join()
 
 
+def _start(process: Any) -> None:
+    """Start a process that Ctrl-C does not reach, not even while it imports."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits it
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _outcome(
     work: Work,
     item: Any,
@@ -150,7 +159,7 @@ def _outcome(
 ) -> tuple[str, Any]:
     try:
         return "result", work(item, tell, stop)
-    except expected as error:
+    except (*expected, SystemExit) as error:
         return "error", told(error)
 
 

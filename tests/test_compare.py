@@ -1,6 +1,7 @@
 """Comparison studies: the search, the statistics, the ledger, trials, and whole studies."""
 
 import csv
+import importlib
 import io
 import json
 import math
@@ -28,11 +29,11 @@ from examples.blame import of_user
 from examples.compare import __main__ as command
 from examples.compare import contenders, registry, report, search, stats, steppers
 from examples.compare.contenders import contender
-from examples.compare.figures import pictures, short
+from examples.compare.figures import matrices, pictures, short, svg
 from examples.compare.ledger import Ledger, read
 from examples.compare.problem import Part, Problem
 from examples.compare.steppers import Clock, factor, optimizers
-from examples.compare.study import LEDGER, Plan, Study
+from examples.compare.study import LEDGER, Plan, Study, digest, estimate
 from examples.compare.summary import overall, profile, tables, verdict
 from examples.compare.tasks import TASKS
 from examples.compare.trial import Trial, code, run, software, stepper
@@ -100,7 +101,8 @@ def test_intervals_are_the_wider_of_two() -> None:
     assert lopsided == stats.interval([0.0, 0.1, 0.1, 0.2, 3.0])
     assert stats.interval([2.0] * 5) == stats.Interval(2.0, 2.0, 2.0, 5)
     odd = stats.interval([0.5] * 4 + [0.6])
-    assert math.isfinite(odd.low) and math.isfinite(odd.high)
+    mean, half = stats.mean_interval([0.5] * 4 + [0.6])
+    assert odd.high == pytest.approx(mean + 3 * half) and odd.low == pytest.approx(mean - half)
     assert not stats.interval([1.0]).apart and f"{stats.interval([1.0])}" == "1.000"
     assert math.isnan(stats.interval([]).mean)
 
@@ -186,6 +188,21 @@ def test_what_is_no_ledger_of_this_version_is_left_as_it_is(tmp_path: Path) -> N
     base.close()
     with pytest.raises(ValueError, match="a ledger of version 7, and this is version 2"):
         Ledger(path)
+
+
+def test_what_a_disk_refuses_is_told_with_the_path(tmp_path: Path) -> None:
+    with Ledger(tmp_path / LEDGER) as ledger:
+        (pages,) = ledger._base.execute("PRAGMA page_count").fetchone()
+        ledger._base.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(OSError, match=r"sqlite' cannot be written: database or disk is full"):
+            ledger.write("a", {}, {"text": "x" * 10_000})
+    other = tmp_path / "other" / LEDGER
+    other.with_suffix(".lock").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"ledger\.lock' cannot be locked: unable to open"):
+        Ledger(other)
+    other.mkdir()
+    with pytest.raises(OSError, match=r"ledger\.sqlite' cannot be read: unable to open"):
+        read(other)
 
 
 HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -691,6 +708,8 @@ def test_text_is_tested_on_other_bytes_than_it_is_tuned_on() -> None:
         ({"better": "more"}, "better 'more': 'lower' or 'higher'"),
         ({"schedule": "step"}, "schedule 'step': 'cosine'"),
         ({"warmup": 1.0}, "warmup 1.0: a share"),
+        ({"record": {"rows": 3, "file": Path("x")}}, "record 'file' of type .*Path: .*str"),
+        ({"record": {"rows": np.int64(3)}}, "record 'rows' of type int64: .*int"),
         ({"outside": ["head"]}, r"outside \['head'\]: for trees of arrays, not an nn.Module"),
         (
             {"model": {"a": {"w": np.ones(2)}}, "outside": ["w"]},
@@ -744,6 +763,31 @@ def test_a_wish_to_stop_reaches_every_process(jobs: int) -> None:
     )
     assert done.stopped and (done.results, done.errors) == ({0: 7}, {})
     assert sorted(begun) == [1, 2][:jobs]
+
+
+EARLY = """
+import multiprocessing, os, signal
+if multiprocessing.current_process().name != "MainProcess":
+    os.kill(os.getpid(), signal.SIGINT)
+def work(item, tell, stop):
+    return item
+"""
+
+
+def test_ctrl_c_does_not_reach_a_process_that_still_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "early.py").write_text(EARLY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    work = importlib.import_module("early").work
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = side_by_side(range(2), work, 2)
+        after = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (done.results, done.errors) == ({0: 0, 1: 1}, {})
+    assert after is signal.default_int_handler
 
 
 # Studies
@@ -1088,6 +1132,50 @@ def test_what_a_users_code_does_is_told_with_its_line(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_module_that_exits_is_told(
+    mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for status, words in (("", "SystemExit"), ("0", "SystemExit: 0")):
+        (tmp_path / "my_exit.py").write_text(f"import sys\nsys.exit({status})\n")
+        assert command.main(["run", "my_exit:make", "--out", str(tmp_path / "out")]) == 2
+        told = f"error: task 'my_exit:make': {words} (my_exit.py:2)\n"
+        assert capsys.readouterr().err == told
+    assert command.main(["run", mine, "--optimizers", "my_exit.Signs"]) == 2
+    assert capsys.readouterr().err == "error: SystemExit: 0 (my_exit.py:2)\n"
+
+
+def test_a_training_that_exits_ends_its_trial_alone() -> None:
+    done = side_by_side(range(3), lambda item, *x: sys.exit(item) if item else 7, 1)
+    assert done.results == {0: 7} and [*done.errors] == [1, 2]
+    assert done.errors[2].startswith("SystemExit: 2 (test_compare.py:")
+
+
+def test_a_report_that_fails_hides_no_errors(
+    mine: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "conduct", lambda *x: (["adamw, seed 0: it broke"], False))
+    monkeypatch.setattr(command, "reported", lambda *x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.main(["run", mine, *OPTIONS, "--out", str(tmp_path / "out")])
+    assert "error: adamw, seed 0: it broke" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_drawn_are_missed_before_training(
+    mine: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "examples.compare.report", None)
+    monkeypatch.delattr("examples.compare.report")
+    out = tmp_path / "out"
+    assert command.main(["run", mine, *OPTIONS, "--out", str(out)]) == 2
+    assert "pictures need matplotlib" in capsys.readouterr().err and not out.exists()
+
+
 def test_a_task_that_is_never_finite_is_explained(
     mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1114,6 +1202,20 @@ def test_a_profile_counts_from_the_fastest_of_each_seed(mine: str) -> None:
     assert "profile" not in pictures([replace(found, task=f"{i}") for i in range(5)])
 
 
+def test_names_in_pictures_are_no_mathematics(mine: str) -> None:
+    found = planted(mine, {"adamw": [4.5, 1.0], "muon": [3.0, 1.5]})
+    odd = r"$\frac{$"
+    lines = [replace(x, label=f"{odd}{x.label}", tried={1e-3: 2.0, 1e-1: 1.0}) for x in found.lines]
+    table = replace(found, task=odd, metric=odd, lines=lines)
+    drawn = pictures([table])
+    assert len(drawn) == 4
+    lines[1].matrix = [[1.0]]
+    drawn["matrices"] = matrices(table)
+    for figure in drawn.values():
+        text = svg(figure)
+        assert odd in text and ">$\\mathdefault" not in text  # ticks are
+
+
 def test_an_edited_task_is_another_task(
     mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1133,6 +1235,39 @@ def test_an_edited_task_is_another_task(
     assert not edited & {t.id() for t in Study(plan).following({})}
     own = Plan([("t", "cancer", {})], ["adamw"], seeds=1, trials=3)
     assert {t.code for t in Study(own).following({})} == {""}
+
+
+def test_a_ledger_of_what_was_edited_is_told(
+    mine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    plan = Plan([("t", mine, {})], ["adamw"], seeds=1, trials=3)
+    row = {"validate": 1.0, "curve": [{"validate": 2.0}], "parts": [], "record": {}, "software": {}}
+    with Ledger(out / LEDGER) as ledger:
+        plan.save(out)
+        assert command.main(["report", str(out)]) == 1
+        assert capsys.readouterr().err == "nothing to report yet\n"
+        for trial in Study(plan).following({}):
+            ledger.write(trial.id(), asdict(trial), row)
+    assert command.main(["report", str(out)]) == 1  # tuning has begun
+    assert capsys.readouterr().err == "nothing to report yet\n"
+    (tmp_path / "my_task.py").write_text(TASK + "# edited\n")
+    assert command.main(["report", str(out)]) == 1
+    shown = capsys.readouterr().err
+    assert f"yet: 3 rows of '{out / LEDGER}' are of other tasks or settings, or of files" in shown
+
+
+def test_a_compiled_module_of_ones_own_is_a_part_of_a_task(
+    mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_task.py").write_text(TASK + "\nimport my_compiled\n")
+    compiled = tmp_path / "my_compiled.so"
+    monkeypatch.setitem(sys.modules, "my_compiled", SimpleNamespace(__file__=str(compiled)))
+    found = set()
+    for content in (b"\x7fELF\0one", b"\x7fELF\0two"):
+        compiled.write_bytes(content)
+        found.add(digest(mine, contender("adamw", "torch")))
+    assert len(found) == 2
 
 
 def test_a_task_must_follow_from_its_seed(mine: str) -> None:
@@ -1336,6 +1471,15 @@ def test_bad_options_are_explained(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"tasks": [["t", "x"]]}', '{"tasks": []}'])
+def test_a_broken_plan_is_named(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "study.json").write_text(text)
+    assert command.main(["report", str(tmp_path)]) == 2
+    assert f"error: '{tmp_path / 'study.json'}' is no whole plan" in capsys.readouterr().err
+
+
 def test_a_study_of_days_asks_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1347,13 +1491,25 @@ def test_a_study_of_days_asks_first(
     assert not out.exists()
 
 
-def test_a_second_study_of_the_same_folder_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_more_jobs_than_cores_are_no_faster(mine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    study = Study(Plan([("t", mine, {})], ["adamw"]))
+    monkeypatch.setattr(
+        "examples.compare.study._timed", lambda *x: (1.0, 0, 0, study.problems["t"])
+    )
+    whole = estimate(study, {}, 1)
+    assert [whole / estimate(study, {}, jobs) for jobs in (2, 4, 400)] == [2, 4, 4]
+
+
+def test_a_second_study_of_the_same_folder_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(command, "Study", lambda plan: pytest.fail("a model was made"))
     out = tmp_path / "out"
     with Ledger(out / LEDGER):
         assert command.main(["run", "cancer", "--seeds", "1", "--out", str(out)]) == 2
-    assert "belongs to another process that is running" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: '{out}' belongs to another process that is running")
 
 
 def test_the_list_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:

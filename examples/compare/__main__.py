@@ -12,10 +12,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from examples.blame import told
 from examples.compare import contenders, registry
-from examples.compare.ledger import read
+from examples.compare.ledger import Ledger, read
 from examples.compare.study import HOUR, LEDGER, Plan, Study, conduct, estimate
 from examples.compare.summary import tables
 from examples.settings import learning_rate, row
@@ -41,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ran(args, given)
     except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as error:  # of a module of the user's
+        print(f"error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
@@ -99,13 +104,16 @@ def parser() -> argparse.ArgumentParser:
 def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
     """Do the study, and report what there is."""
     plan = plan_of(args, f"python -m examples.compare {shlex.join(given)}")
-    study = Study(plan)
+    _report()  # what it needs is missed now, not after all training
     names = "-".join(label.replace("/", "-").replace(":", ".") for label, *_ in plan.tasks)
     folder = args.out or Path("runs/compare") / names
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {str(folder)!r} is a file: give a folder")
-    ledger = folder / LEDGER
-    rows = read(ledger) if ledger.exists() else {}
+    rows = {}
+    if (folder / LEDGER).exists():
+        with Ledger(folder / LEDGER) as ledger:  # it says now if another process has it
+            rows = ledger.results()
+    study = Study(plan)
     study.following(rows)
     left = sum(study.left(rows))
     if left:
@@ -117,9 +125,11 @@ def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
                 "--trials or --steps"
             )
     errors, stopped = conduct(study, folder, args.jobs)
-    status = reported(study, folder)
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr)
+    try:
+        status = reported(study, folder)
+    finally:
+        for error in errors:
+            print(f"error: {error}", file=sys.stderr)
     if stopped:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
@@ -128,18 +138,31 @@ def ran(args: argparse.Namespace, given: Sequence[str]) -> int:
 
 def reported(study: Study, folder: Path) -> int:
     """Write the report of the study in a folder, and show its text."""
-    try:
-        from examples.compare import report
-    except ImportError as error:
-        raise ImportError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
-    plan, found = study.plan, tables(study, read(folder / LEDGER))
+    report = _report()
+    plan, rows = study.plan, read(folder / LEDGER)
+    found = tables(study, rows)
     if not found:
-        print("nothing to report yet", file=sys.stderr)
+        own = {name for entry in study.entries for name in (*entry.tuning, *entry.reported)}
+        others = len(rows.keys() - own)
+        rest = (
+            f": {others} rows of {str(folder / LEDGER)!r} are of other tasks or settings, or of "
+            "files that have been edited since"
+        )
+        print("nothing to report yet" + (rest if others else ""), file=sys.stderr)
         return 1
     report.write(plan, found, folder)
     print(report.markdown(plan, found))
     print(folder / "report.html")
     return 0
+
+
+def _report() -> ModuleType:
+    """The module that draws; ImportError where what it draws with is missing."""
+    try:
+        from examples.compare import report
+    except ImportError as error:
+        raise ImportError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
+    return report
 
 
 def plan_of(args: argparse.Namespace, command: str) -> Plan:

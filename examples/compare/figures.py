@@ -72,7 +72,7 @@ def curves(
     if len(table.parts) > 1:
         of = " of part 1" if score == "first" else " of the part learnt"
     title = f"{short(table.task)}: by {names[axis]}"
-    ax.set(xlabel=names[axis], ylabel=table.metric + of, title=title)
+    ax.set(xlabel=names[axis], ylabel=plain(table.metric) + of, title=title)
     if table.target is not None:
         ax.axhline(table.target, color="#6b7280", linewidth=0.8, linestyle=":")
     if ax.lines:
@@ -101,7 +101,7 @@ def sensitivity(table: Table, looks: Mapping[str, Mapping[str, Any]]) -> Figure:
             ax.plot(bad, [worst] * len(bad), mark, color=look["color"], markersize=7)
     if scores:
         _limit(ax, min(scores), max(scores))
-    ax.set(xscale="log", xlabel="learning rate", ylabel=table.metric)
+    ax.set(xscale="log", xlabel="learning rate", ylabel=plain(table.metric))
     mark = "▲" if table.better == "lower" else "▼"
     ax.set_title(f"{short(table.task)}: tuning" + (f" ({mark} diverged)" if lost else ""))
     if ax.lines:
@@ -176,7 +176,7 @@ def matrices(table: Table) -> Figure:
         ax.set_xticklabels([str(i + 1) for i in size])
         ax.set_yticklabels([str(i + 1) for i in size])
     axes[0, 0].set_ylabel("after part")
-    figure.colorbar(image, ax=axes, shrink=0.8, label=table.metric)  # pyright: ignore
+    figure.colorbar(image, ax=axes, shrink=0.8, label=plain(table.metric))  # pyright: ignore
     return figure
 
 
@@ -209,7 +209,14 @@ def file_name(task: str) -> str:
 
 def short(name: str, most: int = 28) -> str:
     """A name that fits beside a picture; its end stays, where settings differ."""
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
+    whole = len(name) <= most
+    return plain(name if whole else f"{name[: most // 2]}…{name[1 - most // 2 :]}")
+
+
+def plain(text: str) -> str:
+    """Text of which matplotlib sets nothing as mathematics."""
+    # To switch that off would be for all text, and ticks of logarithms are mathematics.
+    return text.replace("$", r"\$")
 
 
 def svg(figure: Figure) -> str:

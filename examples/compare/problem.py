@@ -1,5 +1,6 @@
 """What a task hands to a study: weights, data, a loss and scores."""
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,6 +77,15 @@ class Problem:
             raise ValueError(f"schedule {self.schedule!r}: 'cosine', 'linear' or 'constant'")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup {self.warmup}: a share of the steps, from 0 to below 1")
+        for key, value in self.record.items():
+            try:
+                json.dumps({key: value})
+            except (TypeError, ValueError) as error:
+                kind = type(value).__name__
+                raise ValueError(
+                    f"record {key!r} of type {kind}: {error}; numbers, words and lists of them can "
+                    "be kept, such as int(…) or str(…)"
+                ) from error
         if self.outside:
             self._check_outside()
 

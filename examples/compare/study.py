@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -78,8 +79,15 @@ class Plan:
         path = folder / PLAN
         if not path.exists():
             raise FileNotFoundError(f"{str(folder)!r} holds no study: {PLAN} is missing")
-        found = json.loads(path.read_text())
-        return cls(**{**found, "tasks": [tuple(x) for x in found["tasks"]]})
+        try:
+            found = json.loads(path.read_text())
+            tasks = [(label, name, dict(options)) for label, name, options in found["tasks"]]
+            return cls(**{**found, "tasks": tasks})
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"{str(path)!r} is no whole plan of a study ({type(error).__name__}: {error}): the "
+                "command that was run there writes it again"
+            ) from error
 
 
 @dataclass
@@ -117,8 +125,9 @@ def digest(task: str, one: Contender) -> str:
         name = waiting.pop()
         file = getattr(sys.modules.get(name), "__file__", None)
         if name not in found and of_user(file):
-            found[name] = Path(file or "").read_bytes()
-            waiting += _imports(found[name], name)
+            path = Path(file or "")
+            found[name] = path.read_bytes()
+            waiting += _imports(found[name], name) if path.suffix == ".py" else []
     if not found:
         return ""
     return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()[:12]
@@ -302,7 +311,7 @@ def estimate(study: Study, rows: Rows, jobs: int, steps: int = 3) -> float:
             total += count * (once + length * each + scores * scored)
     finally:
         torch.set_num_threads(threads)
-    return total / jobs
+    return total / min(jobs, os.cpu_count() or 1)
 
 
 def _timed(study: Study, entry: Entry, steps: int) -> tuple[float, float, float, Problem]:
