@@ -1304,6 +1304,10 @@ def test_streams_are_tuned_on_their_beginning(tmp_path: Path) -> None:
     [
         (["run", "digit"], "no task is called 'digit': did you mean 'digits'"),
         (["run", "nowhere:make"], "task 'nowhere:make': no module 'nowhere' in "),
+        (
+            ["run", "digits:width", "10"],
+            "task 'digits:width': no module 'digits', and options are NAME=VALUE; digits has ",
+        ),
         (["run", "my_task.py:make"], "task 'my_task.py:make': without .py, my_task:make"),
         (["run", "digits", "digits"], "task 'digits' is there twice"),
         (["run", "digits", "--optimizers", "m4"], "no rule is called 'm4'"),
