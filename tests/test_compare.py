@@ -948,6 +948,11 @@ def test_contenders_take_turns(mine: str) -> None:
     ]
 
 
+def test_one_optimizer_may_be_compared_at_two_rates(mine: str) -> None:
+    plan = Plan([("t", mine, {})], ["m3", "M3"], seeds=1, lr={"m3": 0.1, "M3": 0.2})
+    assert [t.lr for t in Study(plan).following({})] == [0.1, 0.2]
+
+
 def test_what_diverged_is_no_winner(mine: str) -> None:
     found = planted(mine, {"adamw": [1.0, 1.1, 1.2], "muon": [0.5, 0.5, None], "m3": [3.0] * 3})
     assert {x.label: x.rank for x in found.lines} == {"adamw": 1.0, "m3": 2.0, "muon": 3.0}
@@ -1312,6 +1317,14 @@ def test_streams_are_tuned_on_their_beginning(tmp_path: Path) -> None:
         (["run", "digits", "digits"], "task 'digits' is there twice"),
         (["run", "digits", "--optimizers", "m4"], "no rule is called 'm4'"),
         (["run", "digits", "--optimizers", "m3", "m3"], "--optimizers m3 m3: each once"),
+        (
+            ["run", "digits", "--optimizers", "adamw", "m3", "M3:momentum=0.9"],
+            "--optimizers m3 M3:momentum=0.9: both are m3 with the same settings; each once",
+        ),
+        (
+            ["run", "digits", "--optimizers", "torch.adamw", "torch.optim.AdamW"],
+            "--optimizers torch.adamw torch.optim.AdamW: both are torch.optim.AdamW with the same",
+        ),
         (["run", "digits", "--seeds", "0"], "--seeds 0: at least 1"),
         (["run", "digits", "--tuning-seeds", "0"], "--tuning-seeds 0: at least 1"),
         (["run", "digits", "--trials", "2"], "--trials 2: at least 3"),
