@@ -242,8 +242,9 @@ def _still(rule: Rule, limits: Limits, draw: Draw) -> None:
 def _descends(rule: Rule, limits: Limits, draw: Draw) -> None:
     w, (g,) = draw(streams(most=1, sizes=SIZES[1:])).arrays(draw(st.sampled_from(shapes_of(rule))))
     if g.any():
-        # From zero, so that no step is lost in the rounding of a weight.
-        (moved,) = path(_bare(rule, lr=1.0, eps=0.0), np.zeros_like(w), [g])
+        # From zero, so that no step is lost in the rounding of a weight; with `every`, the first
+        # steps only add up gradients.
+        (moved,) = path(_bare(rule, lr=1.0, eps=0.0, every=1), np.zeros_like(w), [g])
         slope = np.sum(moved * (g / np.abs(g).max()))
         assert slope < 0, f"the step has the slope {slope:.1e} along the gradient: update's d is up"
 

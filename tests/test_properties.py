@@ -155,6 +155,12 @@ def test_a_rule_that_keeps_its_promises_passes():
     check(Mine(lr=0.1), examples=5)
 
 
+def test_a_rule_that_steps_every_few_gradients_passes():
+    check(rules.AdamW(every=2), backends=(), examples=5)
+    with pytest.raises(AssertionError, match="the first step descends"):
+        check(Uphill(lr=0.1, every=2), backends=(), examples=15)
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_promise_is_named_and_shown(kind):
     with pytest.raises(AssertionError, match=r"breaks \d+ promises") as found:

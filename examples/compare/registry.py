@@ -46,6 +46,12 @@ def maker(name: str) -> Maker:
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise
+            if module in tasks():
+                known = inspect.signature(tasks()[module]).parameters
+                options = ", ".join(key for key in known if key != "seed")
+                raise ValueError(
+                    f"no module {module!r}, and options are NAME=VALUE; {module} has {options}"
+                ) from error
             files = [x.stem for x in Path.cwd().glob("*.py")]
             hint = f"no module {module!r} in {str(Path.cwd())!r}: {nearest(module, files)}"
             raise ImportError(hint) from error

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.util import resolve_name
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,13 @@ class Study:
             for label, problem in self.problems.items()
             for one in (contender(x, problem.backend, plan.weight_decay) for x in plan.optimizers)
         ]
+        for one, other in combinations(self.entries, 2):
+            a, b = one.contender, other.contender
+            if one.task == other.task and self._trained(a) == self._trained(b):
+                raise ValueError(
+                    f"--optimizers {a.label} {b.label}: both are {a.name} with the same settings; "
+                    "each once"
+                )
         unknown = [name for name in plan.lr if name not in plan.optimizers]
         if unknown:
             raise ValueError(f"--lr {unknown[0]}=…: no such row; there are {plan.optimizers}")
@@ -190,6 +198,10 @@ class Study:
         problem = make_problem(name, options, TUNING_SEED)
         training = stepper(problem, self.trial(entry, entry.contender.lr, {}, 0))
         return problem.parts[0].validate(training.model())
+
+    def _trained(self, one: Contender) -> tuple[Any, ...]:
+        """What a contender is trained with, whatever it is called."""
+        return one.kind, one.name, one.settings, one.choices, self.plan.lr.get(one.label)
 
     def trial(
         self, entry: Entry, lr: float, settings: Mapping[str, Any], seed: int, tuning: bool = False
