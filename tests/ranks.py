@@ -2,13 +2,31 @@
 
 import faulthandler
 import multiprocessing
+import multiprocessing.forkserver
+import os
 import tempfile
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 # Long enough for a machine under load, short enough that a deadlock is seen.
 LIMIT = 120
+
+
+def forkserver():
+    """Forks processes that have imported what each of them needs, and nothing else of this one.
+
+    One server serves every test of a process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch_backend", "torch._dynamo", "on_ranks"])
+    # A server looks for modules where Python does as it starts, before Python 3.14, and goes on
+    # without a word if it finds none: each rank then imported them, which took it seconds.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths))):
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 def _serve(rank, world, store, pipe):
@@ -37,8 +55,7 @@ class Ranks:
         self.pipes, self.processes = [], []
 
     def start(self):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["on_ranks"])
+        context = forkserver()
         self.folder = tempfile.TemporaryDirectory()
         for rank in range(self.world):
             ours, theirs = context.Pipe()

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import multiprocessing
 import os
 import textwrap
 import traceback
@@ -10,6 +9,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 import torch
+from ranks import forkserver
 
 from torch_backend import AdamW, DeltaMomentum, Optimizer
 from torch_backend.kernels import native
@@ -33,11 +33,6 @@ print(*[f"{{x.category.__name__}}: {{x.message}}" for x in said], sep="\\n")
 """
 
 
-# Forks processes that have imported what each of them needs, and nothing else of this one.
-FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["torch_backend", "torch._dynamo"])
-
-
 def run(body: str, environment: dict[str, str], pipe: Connection) -> None:
     """Send what the body prints, in a process of its own."""
     os.environ |= environment
@@ -53,8 +48,9 @@ def run(body: str, environment: dict[str, str], pipe: Connection) -> None:
 
 def python(body: str, count: int = 1, **environment: str) -> str:
     """What fresh processes print that run the body, several at once."""
-    pipes = [FRESH.Pipe(duplex=False) for _ in range(count)]
-    started = [FRESH.Process(target=run, args=(body, environment, put)) for _, put in pipes]
+    fresh = forkserver()
+    pipes = [fresh.Pipe(duplex=False) for _ in range(count)]
+    started = [fresh.Process(target=run, args=(body, environment, put)) for _, put in pipes]
     for process in started:
         process.start()
     for _, put in pipes:
