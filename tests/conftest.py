@@ -3,8 +3,8 @@
 import os
 
 if os.environ.get("HYPOTHESIS_PROFILE", "quick") == "quick":
-    # Nearly all that the tests do in jax is to compile small programs that run once, two fifths of
-    # it in LLVM's optimizer; XLA's own passes, whose result some tests read, stay as they are.
+    # Most of what the tests do in jax is to compile small programs that run once, a third of it in
+    # LLVM's optimizer; XLA's own passes, whose result some tests read, stay as they are.
     fast = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
     os.environ.setdefault("XLA_FLAGS", fast)
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
