@@ -2,7 +2,7 @@ PYTHON ?= python3
 JOBS ?= 2
 TEST_ARGS ?=
 HOPE_ARGS ?=
-STUDY_ARGS ?= digits factorisation permuted-digits --optimizers adamw torch.adamw muon m3
+STUDY_ARGS ?= digits factorisation permuted-digits --optimizers adamw torch.adamw muon m3 --tuning-seeds 3
 
 VENV := .venv
 BIN := $(VENV)/bin
