@@ -149,8 +149,9 @@ def held_back(who: str) -> str:
     """What the studies of tasks held back say of a candidate, "" where it was not run there."""
     found: dict[str, Row] = {}
     for study, names in CONFIRMED.items():
-        pairs = rows(study).items() if (STUDIES / study).exists() else ()
-        found |= {task: row for (task, name), row in pairs if name == who and task in names}
+        for (task, name), row in rows(study).items():
+            if name == who and task in names:
+                found[task] = row
     return "; ".join(f"{task} {difference(row)}" for task, row in found.items())
 
 
@@ -162,7 +163,6 @@ CONFIRMED = {
     "small-to-m3": ("diabetes",),
     "confirm-dgd": ("bytes", "diabetes"),
     "confirm-deep": ("bytes", "diabetes"),
-    "confirm-mf": ("bytes", "diabetes"),
 }
 
 

@@ -30,6 +30,8 @@ ORIGINALS = {
     "torch.adafactor": "torch.optim.Adafactor",
     "optax.muon": "optax.contrib.muon",
 }
+# Of the originals, those that are for matrices.
+ONLY_MATRICES = ("torch.optim.Muon", "optax.contrib.muon")
 # What to install for optimizers of others, by the module that is missing.
 PACKAGES = {
     **{"heavyball": "heavyball", "pytorch_optimizer": "pytorch_optimizer"},

@@ -164,8 +164,7 @@ def caption(table: Table) -> str:
 def conditions(plan: Plan, found: Sequence[Table]) -> list[str]:
     """What the figures depend on."""
     each = f" of {plan.tuning_seeds} seeds" if plan.tuning_seeds > 1 else ""
-    chosen = [plan.optimizers[0]] if plan.drop_in else [*plan.optimizers]
-    tuned = [label for label in chosen if label not in plan.lr]
+    tuned = plan.tuned()
     how = [f"learning rate {lr:g} of {label} as given" for label, lr in plan.lr.items()]
     if tuned:
         who = "each" if tuned == [*plan.optimizers] else ", ".join(tuned)

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_leaves
 
 from deepopt import rules
-from examples.compare.contenders import Contender
+from examples.compare.contenders import ONLY_MATRICES, Contender
 from examples.compare.problem import Problem, paths_of
 from torch_backend import Optimizer
 
@@ -163,7 +163,7 @@ def optimizers(
     others = [p for p in model.parameters() if id(p) not in inside]
     make = contender.make(lr, settings)
     rule = make() if contender.kind == "rule" else None
-    takes_all = rule.domain == "any" if rule else contender.name != "torch.optim.Muon"
+    takes_all = rule.domain == "any" if rule else contender.name not in ONLY_MATRICES
     if not matrices and not (takes_all and rest is None):
         raise ValueError(f"{contender.label}: the model has no hidden matrices to step")
     if rule is not None:
@@ -242,13 +242,15 @@ class Jax:
                     "only: a task whose model is an nn.Module"
                 )
             own = jax_backend.transform(rule, lr=at(lr))
-            all_alike = rule.domain == "any"
-            other = None if all_alike else jax_backend.transform(fallback_of(rule, None), lr=at(lr))
+            takes_all = rule.domain == "any"
+            other = None if takes_all else jax_backend.transform(fallback_of(rule, None), lr=at(lr))
         else:
             own = contender.make(at(lr), settings)()
-            only_matrices = contender.name == "optax.contrib.muon"
-            decay = settings.get("weight_decay", 0.0)
-            other = optax.adamw(at(lr), weight_decay=decay) if only_matrices else None
+            takes_all, decay = (
+                contender.name not in ONLY_MATRICES,
+                settings.get("weight_decay", 0.0),
+            )
+            other = None if takes_all else optax.adamw(at(lr), weight_decay=decay)
         if rest is not None:
             other = optax.adamw(at(rest), *BETAS, weight_decay=0.0)
         if other is not None:

@@ -70,6 +70,11 @@ class Plan:
         if self.reference not in self.optimizers:
             raise ValueError(f"--reference {self.reference}: one of {', '.join(self.optimizers)}")
 
+    def tuned(self) -> list[str]:
+        """The optimizers whose learning rate is searched for."""
+        chosen = self.optimizers[:1] if self.drop_in else self.optimizers
+        return [label for label in chosen if label not in self.lr]
+
     def save(self, folder: Path) -> None:
         """As JSON, for the report."""
         with replacing(folder / PLAN) as file:
@@ -285,9 +290,7 @@ class Study:
         """How many trials each entry has still to do, at most."""
         found = []
         for entry in self.entries:
-            tunes = entry.contender.label not in self.plan.lr and not (
-                self.plan.drop_in and entry.contender.label != self.plan.optimizers[0]
-            )
+            tunes = entry.contender.label in self.plan.tuned()
             known = {**entry.tuning, **entry.reported}
             done = sum(name in rows for name in known)
             count = self.plan.seeds + (self.plan.trials * self.plan.tuning_seeds if tunes else 0)

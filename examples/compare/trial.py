@@ -216,6 +216,7 @@ class Course:
         return score
 
 
+@cache
 def software(backend: str, optimizer: str) -> dict[str, str]:
     """Versions that a figure depends on; of the code here a digest, for a version has many."""
     found = {"python": platform.python_version(), "numpy": np.__version__}
